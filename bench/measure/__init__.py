@@ -1,0 +1,1 @@
+"""What `bench/bench.py` is made of: the ground to measure on, bare references, subjects, and the report."""

@@ -1,0 +1,59 @@
+"""A master that also notes how late its event loop's timers are: `python -m measure.lag FILE ARGUMENT...`.
+
+The master is the real one; its loop has one more timer, every few milliseconds, and what that saw is written to FILE
+when the loop is closed.
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+EVERY = 0.005
+
+
+class Lag:
+    """How late each tick of a loop was, in seconds."""
+
+    def __init__(self) -> None:
+        self.late: list[float] = []
+
+    def begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._due = loop.time() + EVERY
+        loop.call_at(self._due, self._tick)
+
+    def _tick(self) -> None:
+        self.late.append(self._loop.time() - self._due)
+        self.begin(self._loop)
+
+
+class Watched(asyncio.SelectorEventLoop):
+    """The loop that asyncio would have made, with a tick; a forked child leaves it alone."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self._file = file
+        self._lag = Lag()
+        self._lag.begin(self)
+
+    def close(self) -> None:
+        if not self.is_closed():
+            self._file.write_text(json.dumps(self._lag.late), "utf-8")
+        super().close()
+
+
+class Policy(asyncio.DefaultEventLoopPolicy):
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self._file = file
+
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return Watched(self._file)
+
+
+if __name__ == "__main__":
+    from pgtask.cli import master
+
+    asyncio.set_event_loop_policy(Policy(Path(sys.argv.pop(1))))
+    master()

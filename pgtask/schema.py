@@ -1,0 +1,469 @@
+"""Creates and upgrades the SQL objects of a task table, and says what it would do.
+
+`look` reads what is there into `Facts`; `changes` compares it with what should be (`objects.py`) and gives the
+statements that are missing, each with a line that says what it does. The same list is run by the master, printed by
+`--check`, and, for an empty database, printed by `pgtask sql`. What a user added (columns, indexes, partitions,
+triggers) is never touched, and a table made by the C extension pg_task is taken over as it stands.
+
+What is changed is changed under one advisory lock, so that two masters that start together do not collide. Nothing
+here touches a row of the task table.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection
+
+from pgtask import objects, settings
+from pgtask.errors import UserError
+from pgtask.objects import COLUMNS, FUNCTIONS, INDEXES, MASTER_COLUMNS, STATES, TRIGGERS, WAKING, Column, Names
+from pgtask.store import statements
+
+INSTALL_LOCK = "SELECT pg_advisory_xact_lock(hashtext('pgtask'), hashtext('install'))"
+PATIENT = "SET LOCAL lock_timeout = '30s'"
+"""For the lock of those who install: with many tables in one database it may take some time until it is our turn."""
+
+IMPATIENT = "SET LOCAL lock_timeout = '5s'"
+NO_LIMIT = "SET LOCAL statement_timeout = 0"
+"""An index of a large table that is taken over takes its time."""
+
+CREATING = re.compile("CREATE (TYPE|TABLE|(UNIQUE )?INDEX|SEQUENCE|OR REPLACE FUNCTION)")
+"""Changes that need the right to create in the schema."""
+
+ALTERING = re.compile("ALTER TABLE|CREATE (UNIQUE )?INDEX|CREATE OR REPLACE TRIGGER|DROP (TRIGGER|INDEX)")
+"""Changes that need the right to alter the table, where it is there already."""
+
+WRONG = (psycopg.IntegrityError, psycopg.ProgrammingError, psycopg.DataError, psycopg.NotSupportedError)
+"""What the database says when a change is impossible there, and not only just now."""
+
+
+class Refused(UserError):
+    """What is in the database cannot be served as it is; the line says what, and what mends it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A column that the table has."""
+
+    type: str
+    notnull: bool
+    doc: str | None
+    default: str | None  # as the server writes it; of an identity column its kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the database has of the objects of one task table. The default is an empty database."""
+
+    schema: bool = False
+    labels: tuple[str, ...] | None = None  # of the type state: None without it, none if it is no enum
+    oid: int | None = None
+    kind: str = "r"  # r a table, p a partitioned one
+    partition: bool = False
+    may_make_schema: bool = True
+    may_create: bool = True  # in the schema
+    may_alter: bool = True  # the table
+    columns: Mapping[str, Found] = field(default_factory=dict)
+    primary: bool = False
+    id_found: bool = False  # an index finds a row by its id
+    id_unique: bool = False  # and no two rows have the same
+    constraints: frozenset[str] = frozenset()
+    indexes: Mapping[str, bool] = field(default_factory=dict)  # name -> valid
+    input_indexes: tuple[str, ...] = ()  # the C extension's
+    triggers: Mapping[str, str] = field(default_factory=dict)  # name -> comment; "extension" for the C extension's
+    functions: Mapping[str, str] = field(default_factory=dict)  # name -> body
+    master: bool = False
+    master_columns: frozenset[str] = frozenset()
+    layout: str | None = None
+    extension: str | None = None  # the title of a running worker of the C extension
+    strangers: tuple[tuple[str, str], ...] = ()  # objects of ours that belong to somebody else, and to whom
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One statement, and what it does."""
+
+    what: str
+    sql: str
+
+    @property
+    def minor(self) -> bool:
+        """Not worth a line of the log: a comment, or our own note of what was done."""
+        return self.sql.startswith(("COMMENT ON", "INSERT INTO"))
+
+    @property
+    def optional(self) -> bool:
+        """A table is served as well without it."""
+        return self.sql.startswith(("COMMENT ON COLUMN", "COMMENT ON TABLE"))
+
+
+async def look(conn: AsyncConnection[Any], names: Names) -> Facts:
+    """Read what is there. Raises Refused; the connection's search_path must be the server's own."""
+    [(schema, labels, oid, kind, partition, *may)] = await _all(conn, "relation", names.schema, names.table)
+    [(master, master_columns)] = await _all(conn, "master", names.quoted(names.master))
+    derived = [names.derived(suffix) for suffix in FUNCTIONS]
+    functions = await _all(conn, "functions", names.schema, derived)
+    more: dict[str, Any] = {"master": master, "master_columns": frozenset(master_columns), "functions": dict(functions)}
+    more["strangers"] = tuple(await _all(conn, "strangers", names.schema, names.table, [names.master], derived))
+    # What a stranger has laid out may be a view that calls functions of his: it is not even read.
+    if set(MASTER_COLUMNS) <= set(master_columns) and not more["strangers"]:
+        more["layout"] = await _layout(conn, names)
+    if oid is not None:
+        more |= await _look_at_table(conn, names, oid)
+    return Facts(
+        schema=schema,
+        labels=None if labels is None else tuple(labels),
+        oid=oid,
+        kind=kind or "r",
+        partition=bool(partition),
+        may_make_schema=may[0],
+        may_create=may[1],
+        may_alter=may[2],
+        **more,
+    )
+
+
+async def foreign_owner(conn: AsyncConnection[Any], oid: int) -> str | None:
+    """Who owns the table, if he is neither we nor one who could have all of it anyway."""
+    return next((row[0] for row in await _all(conn, "owner", oid)), None)
+
+
+async def _layout(conn: AsyncConnection[Any], names: Names) -> str | None:
+    try:
+        cursor = await conn.execute(f"SELECT layout FROM {names.quoted(names.master)}".encode())
+    except psycopg.errors.InsufficientPrivilege as error:
+        script = f"pgtask sql --schema {names.schema} --table {names.table} --grant {conn.info.user}"
+        raise Refused(f"{error}; the rights it needs are at the end of: {script}") from error
+    return next((row[0] for row in await cursor.fetchall()), None)
+
+
+async def _look_at_table(conn: AsyncConnection[Any], names: Names, oid: int) -> dict[str, Any]:
+    columns = await _all(conn, "columns", oid, [column.name for column in COLUMNS])
+    checks = [objects.check_name(column, names) for column in COLUMNS if column.check]
+    [(primary, id_found, id_unique)] = await _all(conn, "keys", oid)
+    indexes = await _all(conn, "indexes", oid, [names.derived(suffix) for suffix in (*INDEXES, "id")])
+    return {
+        "columns": {name: Found(type=t, notnull=n, doc=doc, default=value) for name, t, n, doc, value in columns},
+        "constraints": frozenset(name for (name,) in await _all(conn, "constraints", oid, checks)),
+        "primary": primary,
+        "id_found": id_found,
+        "id_unique": id_unique,
+        "indexes": {name: valid for name, valid, old in indexes if not old},
+        "input_indexes": tuple(name for name, _, old in indexes if old),
+        "triggers": dict(await _all(conn, "triggers", oid, [f"pgtask_{suffix}" for suffix in TRIGGERS])),
+        "extension": next((row[0] for row in await _all(conn, "extension", names.schema, names.table)), None),
+    }
+
+
+def changes(
+    facts: Facts, names: Names, defaults: Mapping[str, str], *, wake: bool = True
+) -> tuple[list[Change], list[Change]]:
+    """What is missing: first what must be committed before the rest can use it (the type), then the rest.
+
+    `defaults` are the SQL texts of the task settings. Raises Refused for what cannot be taken over.
+    """
+    _refuse(facts, names)
+    return list(_type_changes(facts, names)), list(_table_changes(facts, names, defaults, wake=wake))
+
+
+def _refuse(facts: Facts, names: Names) -> None:
+    for wrong in _wrong(facts, names):
+        raise Refused(wrong)
+
+
+def _wrong(facts: Facts, names: Names) -> Iterator[str]:
+    where = names.label
+    if names.table == "state":
+        yield f"{where} would have the name of the type of its column state; choose another name"
+    if facts.labels is not None and (not facts.labels or not set(facts.labels) <= set(STATES)):
+        yield f"type {names.schema}.state exists and is not the scheduler's; use another schema"
+    if facts.oid is not None and facts.kind not in ("r", "p"):
+        yield f"{where} is not a table; rename it or choose another table"
+    if facts.partition:
+        yield f"{where} is a partition; name the table that it is a part of"
+    if facts.extension is not None:
+        yield (
+            f"the extension pg_task still serves {where} ({facts.extension});"
+            " take the table out of pg_task.json, reload and retry"
+        )
+    for column in COLUMNS:
+        found = facts.columns.get(column.name)
+        if found is not None and found.type != column.type:
+            yield (
+                f"column {column.name} of {where} has type {found.type}, not {column.type};"
+                " rename it or choose another table"
+            )
+    if facts.master and not set(MASTER_COLUMNS) <= facts.master_columns:
+        yield f"{names.schema}.{names.master} exists and is not the scheduler's; rename it or choose another table"
+    for what, owner in facts.strangers:
+        yield (
+            f"{what} belongs to {owner}, who could have SQL of his own run in the scheduler's name;"
+            f" give it to the owner of {where} (ALTER ... OWNER TO), or drop it"
+        )
+    for name, text in facts.functions.items():
+        if "pgtask" not in text:
+            yield f"function {names.schema}.{name}() exists and is not the scheduler's; rename it"
+
+
+def _type_changes(facts: Facts, names: Names) -> Iterator[Change]:
+    if not facts.schema:
+        text = f"CREATE SCHEMA {objects.identifier(names.schema)}"
+        yield Change(what=f"create schema {names.schema}", sql=text)
+    if facts.labels is None:
+        yield Change(what=f"create type {names.schema}.state", sql=objects.type_(names))
+        return
+    for label in STATES:
+        if label not in facts.labels:
+            text = f"ALTER TYPE {names.state} ADD VALUE IF NOT EXISTS '{label}'"
+            yield Change(what=f"add state {label}", sql=text)
+
+
+def _table_changes(facts: Facts, names: Names, defaults: Mapping[str, str], *, wake: bool) -> Iterator[Change]:
+    if facts.oid is None:
+        yield Change(what=f"create table {names.label}", sql=objects.table(names, defaults))
+    else:
+        yield from _column_changes(facts, names, defaults)
+        yield from _check_changes(facts, names)
+        yield from _key_changes(facts, names)
+    yield from _index_changes(facts, names)
+    if not facts.master:
+        yield Change(what=f"create table {names.schema}.{names.master}", sql=objects.master_table(names))
+        target = f"TABLE {names.quoted(names.master)}"
+        yield Change(what=f"comment on {names.master}", sql=objects.comment(target, "Who serves the task table."))
+    yield from _function_changes(facts, names)
+    yield from _trigger_changes(facts, names, wake=wake)
+    for column in COLUMNS:
+        found = facts.columns.get(column.name)
+        # A comment of the user's own stays; who is not the owner writes none.
+        if (found is None or found.doc is None) and facts.may_alter:
+            yield Change(what=f"comment on column {column.name}", sql=objects.column_comment(column, names))
+    if facts.oid is not None:
+        yield from _default_changes(facts, names, defaults)
+    if facts.layout != objects.layout(defaults):
+        yield Change(what="note which defaults the table has", sql=objects.note_layout(names, defaults))
+
+
+def _column_changes(facts: Facts, names: Names, defaults: Mapping[str, str]) -> Iterator[Change]:
+    alter = f"ALTER TABLE {names.task}"
+    for column in COLUMNS:
+        name = objects.identifier(column.name)
+        found = facts.columns.get(column.name)
+        if found is None and column.name == "id":
+            yield Change(what="add column id", sql=f"{alter} ADD COLUMN id bigserial")
+        elif found is None:
+            definition = objects.definition(column, names, defaults)
+            yield Change(what=f"add column {column.name}", sql=f"{alter} ADD COLUMN {definition}")
+        elif found.notnull == column.null:
+            how, what = ("DROP", "let {} be null") if column.null else ("SET", "set {} not null")
+            yield Change(what=what.format(column.name), sql=f"{alter} ALTER COLUMN {name} {how} NOT NULL")
+
+
+def _default_changes(facts: Facts, names: Names, defaults: Mapping[str, str]) -> Iterator[Change]:
+    """All of them when the configuration has changed, else those that somebody took away."""
+    found = facts.columns.get("id")
+    if found is not None and found.default is None:
+        yield from _sequence_changes(names)
+    rewrite = facts.layout != objects.layout(defaults)
+    wrong = tuple(
+        column
+        for column in COLUMNS
+        if objects.default(column, names, defaults) is not None
+        and column.name in facts.columns
+        and (rewrite or not _has_default(column, facts.columns[column.name]))
+    )
+    if wrong:
+        what = "the columns' defaults" if rewrite else "the default of " + ", ".join(column.name for column in wrong)
+        yield Change(what=f"set {what}", sql=objects.set_defaults(wrong, names, defaults))
+
+
+def _has_default(column: Column, found: Found) -> bool:
+    """A setting's column must ask for the setting; what else a column has may be the user's choice."""
+    if found.default is None:
+        return False
+    return not column.setting or f"NULLIF(current_setting('pg_task.{column.name}'::text, true)" in found.default
+
+
+def _sequence_changes(names: Names) -> Iterator[Change]:
+    """An id without a default: ours counts on from the greatest."""
+    name = names.derived("id_seq")
+    sequence = names.quoted(name)
+    yield Change(what=f"create sequence {name}", sql=f"CREATE SEQUENCE {sequence} OWNED BY {names.task}.id")
+    start = f"SELECT setval({objects.literal(sequence)}, coalesce(max(id), 0) + 1, false) FROM {names.task}"
+    yield Change(what=f"start sequence {name} after the greatest id", sql=start)
+    text = f"ALTER TABLE {names.task} ALTER COLUMN id SET DEFAULT nextval({objects.literal(sequence)})"
+    yield Change(what="set the default of id", sql=text)
+
+
+def _check_changes(facts: Facts, names: Names) -> Iterator[Change]:
+    for column in COLUMNS:
+        if column.check and objects.check_name(column, names) not in facts.constraints:
+            text = f"ALTER TABLE {names.task} ADD {objects.check(column, names)}"
+            yield Change(what=f"check {column.check}", sql=text)
+
+
+def _key_changes(facts: Facts, names: Names) -> Iterator[Change]:
+    """A row is found by its id, and a plain table has it once; on partitions only the user's key can say so."""
+    index = f"INDEX {objects.identifier(names.derived('id'))} ON {names.task} (id)"
+    if facts.kind == "p":
+        if not facts.id_found:
+            yield Change(what=f"create index {names.derived('id')}", sql=f"CREATE {index}")
+    elif not facts.primary:
+        yield Change(what="add primary key (id)", sql=f"ALTER TABLE {names.task} ADD PRIMARY KEY (id)")
+    elif not facts.id_unique:
+        yield Change(what=f"create unique index {names.derived('id')}", sql=f"CREATE UNIQUE {index}")
+
+
+def _index_changes(facts: Facts, names: Names) -> Iterator[Change]:
+    for suffix in INDEXES:
+        name = names.derived(suffix)
+        if facts.indexes.get(name) is False:
+            yield Change(what=f"drop invalid index {name}", sql=f"DROP INDEX {names.quoted(name)}")
+        if not facts.indexes.get(name):
+            yield Change(what=f"create index {name}", sql=objects.index(suffix, names))
+    for name in facts.input_indexes:
+        yield Change(
+            what=f"drop index {name}: a long input could not be inserted", sql=f"DROP INDEX {names.quoted(name)}"
+        )
+
+
+def _function_changes(facts: Facts, names: Names) -> Iterator[Change]:
+    for suffix in FUNCTIONS:
+        name = names.derived(suffix)
+        if facts.functions.get(name) != objects.body(suffix):
+            what = f"create function {names.schema}.{name}()"
+            yield Change(what=what, sql=objects.function(suffix, names))
+
+
+def _trigger_changes(facts: Facts, names: Names, *, wake: bool) -> Iterator[Change]:
+    """Our triggers, known by a fingerprint in their comment; those that wake the C extension are dropped."""
+    for name, mark in facts.triggers.items():
+        if mark == "extension":
+            text = f"DROP TRIGGER {objects.identifier(name)} ON {names.task}"
+            yield Change(what=f"drop trigger {name} of the extension", sql=text)
+    for suffix in TRIGGERS:
+        name = f"pgtask_{suffix}"
+        text = objects.trigger(suffix, names, partitioned=facts.kind == "p")
+        found, mark = facts.triggers.get(name), objects.mark(text)
+        if not wake and suffix in WAKING:
+            if found is not None:
+                yield Change(what=f"drop trigger {name}", sql=f"DROP TRIGGER {name} ON {names.task}")
+        elif found != mark:
+            yield Change(what=f"create trigger {name}", sql=text)
+            comment = objects.comment(f"TRIGGER {name} ON {names.task}", mark)
+            yield Change(what=f"mark trigger {name}", sql=comment)
+
+
+async def missing(
+    conn: AsyncConnection[Any], names: Names, defaults: Mapping[str, str], *, wake: bool = True, create: bool = True
+) -> list[Change]:
+    """What `install` would change. Raises Refused for what cannot be taken over, or must not be created."""
+    facts = await look(conn, names)
+    lacking = [change for step in changes(facts, names, defaults, wake=wake) for change in step]
+    needed = [change for change in lacking if not change.optional]
+    _refuse_missing(needed, names, create=create)
+    _refuse_unable(needed, facts, names, user=conn.info.user)
+    return lacking if create else []
+
+
+async def install(
+    conn: AsyncConnection[Any], names: Names, defaults: Mapping[str, str], *, wake: bool = True
+) -> list[Change]:
+    """Bring the database to what it should be; returns what was changed. Raises Refused as `missing`."""
+    made: list[Change] = []
+    for step in (0, 1):
+        async with conn.transaction():
+            for text in (PATIENT, INSTALL_LOCK, IMPATIENT, NO_LIMIT):
+                await conn.execute(text)
+            wanted = changes(await look(conn, names), names, defaults, wake=wake)[step]
+            for change in wanted:
+                await _apply(conn, change, names)
+            made += wanted
+    return made
+
+
+def _refuse_missing(needed: list[Change], names: Names, *, create: bool) -> None:
+    """With `create` off the table must be right as it is."""
+    if needed and not create:
+        raise Refused(
+            f"{names.label} is not as it should be (to do: {needed[0].what}), but create is false;"
+            " apply what pgtask sql prints"
+        )
+
+
+def _refuse_unable(needed: list[Change], facts: Facts, names: Names, *, user: str) -> None:
+    """Say which right is missing before anything is tried, so that --check knows it too."""
+    creating = [change for change in needed if CREATING.match(change.sql)]
+    altering = [change for change in needed if facts.oid is not None and ALTERING.match(change.sql)]
+    if not facts.schema and not facts.may_make_schema:
+        first, lack = needed[0], f"may not create schema {names.schema}; create it, or GRANT CREATE ON DATABASE"
+    elif facts.schema and creating and not facts.may_create:
+        first = creating[0]
+        lack = f"may not create in schema {names.schema}; GRANT CREATE ON SCHEMA {names.schema}"
+    elif altering and not facts.may_alter:
+        first, lack = altering[0], f"may not alter {names.label}, which is not its own; GRANT its owner"
+    else:
+        return
+    raise Refused(f"to do: {first.what}, but user {user} {lack} TO {user}, or apply what pgtask sql prints")
+
+
+async def _apply(conn: AsyncConnection[Any], change: Change, names: Names) -> None:
+    try:
+        await conn.execute(change.sql.encode())
+    except WRONG as error:
+        reason = error.diag.message_primary or str(error)
+        raise Refused(f"{names.label}: cannot {change.what}: {reason}") from error
+
+
+def script(
+    *,
+    schema: str,
+    table: str,
+    defaults: Mapping[str, str] | None = None,
+    owner: str | None = None,
+    grant: str | None = None,
+) -> str:
+    """Everything for one table in an empty database, as a script for a DBA, who may also run it again.
+
+    `owner` gets the objects, `grant` the rights that a master needs without owning them.
+    """
+    names = Names(schema=schema, table=table)
+    values = {s.name: s.sql_default for s in settings.by_name("task").values()} if defaults is None else defaults
+    types, rest = changes(Facts(schema=schema == "public"), names, values)
+    rest[1:1] = [Change(what="set the columns' defaults", sql=objects.set_defaults(COLUMNS, names, values))]
+    lines = [f"-- {_one_line(change.what)}\n{objects.repeatable(change.sql)}" for change in (*types, *rest)]
+    lines += _owner_lines(names, owner) if owner is not None else []
+    lines += _grant_lines(names, grant) if grant is not None else []
+    begin = ["BEGIN", "SET LOCAL search_path TO pg_catalog, pg_temp", "SET LOCAL lock_timeout TO '5s'"]
+    head = f"-- The objects of task table {_one_line(names.label)}, as pgtask-master would create them.\n"
+    return head + ";\n".join([*begin, *lines, "COMMIT"]) + ";\n"
+
+
+def _one_line(text: str) -> str:
+    """For a comment: what comes after a line's end in a name would be SQL."""
+    return re.sub(r"[\r\n]", " ", text)
+
+
+def _owner_lines(names: Names, owner: str) -> list[str]:
+    role = objects.identifier(owner)
+    targets = [f"TABLE {names.task}", f"TABLE {names.quoted(names.master)}", f"TYPE {names.state}"]
+    targets += [f"FUNCTION {names.quoted(names.derived(suffix))}()" for suffix in FUNCTIONS]
+    usage = f"GRANT USAGE ON SCHEMA {objects.identifier(names.schema)} TO {role}"
+    return [usage, *(f"ALTER {target} OWNER TO {role}" for target in targets)]
+
+
+def _grant_lines(names: Names, grant: str) -> list[str]:
+    role = objects.identifier(grant)
+    return [
+        f"GRANT USAGE ON SCHEMA {objects.identifier(names.schema)} TO {role}",
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON {names.task}, {names.quoted(names.master)} TO {role}",
+    ]
+
+
+async def _all(conn: AsyncConnection[Any], name: str, *params: object) -> list[tuple[Any, ...]]:
+    """The rows of a query of sql/catalog.sql."""
+    cursor = await conn.execute(statements("catalog")[name].encode(), params)
+    rows: list[tuple[Any, ...]] = await cursor.fetchall()
+    return rows

@@ -1,0 +1,168 @@
+-- The life of one run, as the worker that has it writes it. Every statement is fenced: it finds the row only while
+-- it belongs to this session's run: by its id, and with the state compared as text, which no partial index offers, since
+-- the index of slots, however small, may be full of dead entries. What they have in common stands in words.sql.
+
+-- name: begin — the row that the poller took for this worker is ours. $1 when our backend started, $2 id, $3 the
+-- poller's backend, $4 attempt, $5 term, $6 the mark of the settings that our session began with
+UPDATE {task} AS t
+{begin}
+WHERE t.id = $2 AND t.state::text = 'TAKE' AND t.pid = $3 AND t.attempt = $4
+    AND EXISTS (SELECT FROM {master} AS m WHERE m.term = $5) AND $6 = {mark}
+RETURNING {row};
+
+-- name: mark — of the settings that a new session of ours would have
+SELECT {mark};
+
+-- name: fresh — divides by zero where our session is older than an ALTER ROLE or ALTER DATABASE ... SET. $1 the mark of
+-- the settings that it began with
+SELECT 1 / ($1 = {mark})::int;
+
+-- name: next — the group's next task, in the slot that the finished one leaves: the group's first row, if it is due and
+-- this worker may take it. $1 when our backend started, $2 group, $3 remote or '', $4 runs of this worker, $5 its age in
+-- seconds, $6 term, $7 the key of the group that our slot is of, $8 the slot's number; negative max is the poller's
+WITH first AS MATERIALIZED (
+    SELECT t.id, {admitted} AS admitted
+    FROM {task} AS t
+    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {floor} AND {serving}
+    ORDER BY t.max DESC, t.plan, t.id
+    LIMIT 1
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+{next};
+
+-- name: next_below — the same where rows of a greater max are planned for later: the first due row of the greatest max
+-- that has one
+WITH RECURSIVE level (max) AS (
+    SELECT (
+        SELECT t.max FROM {task} AS t
+        WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {floor}
+        ORDER BY t.max DESC LIMIT 1
+    )
+    WHERE {serving}
+    UNION ALL
+    SELECT (
+        SELECT t.max FROM {task} AS t
+        WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {floor} AND t.max < l.max
+        ORDER BY t.max DESC LIMIT 1
+    )
+    FROM level AS l
+    WHERE l.max IS NOT NULL
+), first AS MATERIALIZED (
+    SELECT d.id, d.admitted
+    FROM level AS l
+    CROSS JOIN LATERAL (
+        SELECT t.id, {admitted} AS admitted
+        FROM {task} AS t
+        WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max = l.max AND t.plan <= statement_timestamp()
+        ORDER BY t.plan, t.id
+        LIMIT 1
+        FOR NO KEY UPDATE SKIP LOCKED
+    ) AS d
+    LIMIT 1
+)
+{next};
+
+-- name: next_after — a quick look, while those from the beginning are dear: the first row after the finished one, whose
+-- $9 max, $10 plan and $11 id were, of the same max. Nor are the others counted, of whom those of a greater max may be
+-- more than this one admits: there are never more runs than the greatest max admits, since each has a slot of its own
+WITH first AS MATERIALIZED (
+    SELECT t.id, {admitted} AS admitted
+    FROM {task} AS t
+    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max = $9::int AND t.max >= $8::int
+        AND (t.plan, t.id) >= ($10::timestamptz, $11::bigint) AND {serving}
+    ORDER BY t.plan, t.id
+    LIMIT 1
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+{next};
+
+-- name: finish — the run's end; divides by zero, and so undoes the transaction, unless the row is still this run's.
+-- $1 id, $2 attempt, $3 state, $4 output, $5 error, $6 code, $7 notice, $8 backend
+WITH done AS (
+    UPDATE {task} AS t
+    SET state = $3::{state}, stop = clock_timestamp(), output = $4, error = $5, code = $6, notice = $7
+    WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'WORK' AND t.pid = $8
+    RETURNING t.id
+)
+SELECT 1 / count(*) FROM done;
+
+-- name: remove — the same for a task that said nothing and is to be deleted. $1 id, $2 attempt, $3 backend
+WITH done AS (
+    DELETE FROM {task} AS t
+    WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'WORK' AND t.pid = $3
+    RETURNING t.id
+)
+SELECT 1 / count(*) FROM done;
+
+-- name: alive — is this backend still there? $1 pid
+SELECT a.pid FROM pg_stat_get_activity($1) AS a;
+
+-- name: end_backend — a session of ours that no cancel request can end. $1 pid
+SELECT pg_terminate_backend($1);
+
+-- name: owned — is the row still this run's? $1 id, $2 attempt, $3 backend
+SELECT t.state FROM {task} AS t
+WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'WORK' AND t.pid = $3;
+
+-- name: back — a run interrupted by a stop of the master costs nothing. $1 id, $2 attempt, $3 backend
+UPDATE {task} AS t
+SET state = 'PLAN', pid = NULL, start = NULL, stop = NULL, attempt = t.attempt - 1
+WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'WORK' AND t.pid = $3;
+
+-- name: stopped — say when a run that somebody stopped really ended. $1 id, $2 attempt, $3 backend, $4 error
+UPDATE {task} AS t
+SET stop = clock_timestamp(), error = $4
+WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'STOP' AND t.pid = $3 AND t.stop IS NULL;
+
+-- name: refused — the next row of a repeated task was refused: say so in the run's own row. $1 id, $2 attempt, $3 error
+UPDATE {task} AS t
+SET error = coalesce(t.error || chr(10), '') || $3
+WHERE t.id = $1 AND t.attempt = $2;
+
+-- name: repeat — plan the next row: without drift the first grid moment (first + n x repeat) that is after now and
+-- after this plan, in closed form; with drift now + repeat. Nothing beyond what a timestamp can hold. $1 id.
+-- {columns} are the copied columns, {values} the same of t.
+INSERT INTO {task} (parent, plan, first, {columns})
+WITH run AS MATERIALIZED (
+    SELECT t.id, t.plan, t.first, t.repeat, t.drift, clock_timestamp() AS now,
+        (date_part('year', t.repeat) * 12 + date_part('month', t.repeat)) * 2629746
+            + date_part('day', t.repeat) * 86400
+            + date_part('hour', t.repeat) * 3600 + date_part('minute', t.repeat) * 60 + date_part('second', t.repeat) AS length
+    FROM {task} AS t
+    WHERE t.id = $1 AND date_part('epoch', t.repeat) > 0 AND isfinite(t.repeat)
+), grid AS MATERIALIZED (
+    SELECT r.id, r.repeat, r.drift, r.now, r.length,
+        -- Greater than now only where the clock was set back.
+        greatest(r.now, CASE WHEN isfinite(r.plan) THEN r.plan END) AS since,
+        CASE
+            WHEN NOT isfinite(r.plan) THEN r.now
+            WHEN r.first IS NULL OR NOT isfinite(r.first) OR r.first > r.plan THEN r.plan
+            WHEN EXISTS (
+                SELECT FROM generate_series(-2, 2) AS k
+                WHERE CASE WHEN r.length < 1e12 AND date_part('epoch', r.plan) + 4 * r.length < 9e12 THEN
+                    r.first + r.repeat * greatest(0, round((date_part('epoch', r.plan) - date_part('epoch', r.first)) / r.length) + k) = r.plan END
+            ) THEN r.first
+            ELSE r.plan
+        END AS first
+    FROM run AS r
+), coming AS MATERIALIZED (
+    SELECT g.id, g.drift, g.now, g.repeat, CASE WHEN NOT g.drift THEN g.first END AS first,
+        CASE
+            WHEN NOT (g.length > 0 AND g.length < 9e12 AND date_part('epoch', g.since) + 4 * g.length < 9e12) THEN NULL
+            WHEN g.drift THEN g.now + g.repeat
+            -- A grid of microseconds that is thousands of years old is too fine for a double: then from here on.
+            ELSE coalesce((
+                SELECT min(g.first + g.repeat * n)
+                FROM (
+                    SELECT greatest(1, floor((date_part('epoch', g.since) - date_part('epoch', g.first)) / g.length) + k) AS n
+                    FROM generate_series(-2, 3) AS k
+                ) AS step
+                WHERE g.first + g.repeat * n > g.since
+            ), g.since + g.repeat)
+        END AS plan
+    FROM grid AS g
+)
+SELECT c.id, c.plan, c.first, {values}
+FROM coming AS c
+JOIN {task} AS t ON t.id = c.id
+WHERE c.plan IS NOT NULL;

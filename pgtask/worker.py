@@ -1,0 +1,428 @@
+"""A worker: a forked process with one session, that runs the tasks of a group one after another.
+
+Plain synchronous code: take what the master assigns, begin it, run it, finish it and take the group's next one in
+the same transaction, until there is none; then say "idle" and wait for the master's word or its end. It always waits
+on the session, the master and the deadline together. A worker never ends because it is idle: only the master ends it,
+by closing its end of the channel, so that an expiry cannot race with an assignment. If the master is gone, the run in
+hand is finished and recorded first.
+
+Exit status: 0 done, 1 the session was lost or could not be opened; anything else is a crash.
+"""
+
+import hashlib
+import re
+import signal
+import time
+from dataclasses import dataclass
+
+from psycopg import OperationalError
+
+from pgtask import log
+from pgtask.errors import LOST, OK
+from pgtask.finish import PATIENCE, Finisher, Fresh, Steps, Want, own_text
+from pgtask.output import Error
+from pgtask.process import DOUBT, Cancel, Channel, Idle, Lost, Opened, Room, Run, Watch, set_title, unblock
+from pgtask.remote import Remote
+from pgtask.run import PREFIX, Limits, Outcome, execute, transcode
+from pgtask.session import Session, SessionLost, StatementFailed, Step
+from pgtask.store import Store, Task
+
+ALONE = re.compile(
+    rb"\s*(VACUUM|CREATE\s+DATABASE|DROP\s+DATABASE|ALTER\s+SYSTEM|CREATE\s+TABLESPACE|DROP\s+TABLESPACE"
+    rb"|DISCARD\s+ALL|(CREATE|DROP)\s+(UNIQUE\s+)?INDEX\s+CONCURRENTLY|REINDEX\s+(DATABASE|SYSTEM))\b",
+    re.IGNORECASE,
+)
+"""Inputs that no transaction block admits; the rest is found out by error 25001 or 2D000."""
+
+MASTERS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+"""Signals that are the master's; a terminal sends them to the whole group, and a worker ignores them."""
+
+HELD = (signal.SIGTERM, signal.SIGINT, DOUBT, *MASTERS)
+"""Signals that a worker is forked with blocked, until it has its own answer to each."""
+
+STUBBORN = 3
+"""Cancel requests without effect before the backend is terminated."""
+
+OPEN_TIMEOUT = 60.0
+"""Seconds that opening a session may take where neither the conninfo nor the task says less."""
+
+OUTDATED = 1.0
+"""Seconds after which a worker that goes from task to task makes sure that its session's settings are still those of a
+new one."""
+
+SOON, BELOW = 0.02, 1.0
+"""A worker that gets a task of its group within so many seconds after it has found none looks below what is planned for
+later, for so many seconds."""
+
+DETOURS = 1000
+"""How many inputs are remembered that must run without the prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a worker is forked with: its table, `conninfo` to it, and what ps calls it ("app@billing public.task")."""
+
+    conninfo: str
+    label: str
+    encoding: str
+    store: Store
+    remote_password: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ready:
+    """A session and what a worker must know of it."""
+
+    session: Session
+    fresh: Fresh
+
+    @property
+    def since(self) -> str:
+        """When its backend started."""
+        return self.fresh.since.decode()
+
+
+class Worker:
+    """The process's whole state. It may be forked with a run to begin, and a session that the master has opened."""
+
+    def __init__(self, spec: Spec, channel: Channel, run: Run | None = None, ready: Ready | None = None):
+        self.spec = spec
+        self.ready = ready
+        self.channel = channel
+        self.watch = Watch(channel)
+        self.born = time.monotonic()
+        self.runs = 0
+        self.term = 0
+        self.lane = self.slot = 0  # where we run: the group's key, and the number of the slot that is ours
+        self.idle_at = self.below_until = 0.0
+        self.task: Task | None = None
+        self.limits = Limits()
+        self.assigned = run
+        self.room = False  # others wait: take nothing more after this run
+        self.leaving = False  # take nothing more at all
+        self.interrupted = False  # cancel the run in hand and give it back
+        self.detours: set[bytes] = set()
+        self.vain = 0  # assignments in a row that could not be begun
+        self.refusal = ""  # why the last begin failed, "" when it did not
+        self.remote = Remote(self.watch, spec.encoding, password=spec.remote_password)
+
+    def main(self) -> int:
+        signal.signal(signal.SIGTERM, self._on_term)
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        for number in MASTERS:
+            signal.signal(number, signal.SIG_IGN)
+        unblock(*HELD)
+        self._title("starting")
+        opened = False
+        try:
+            self._take_over_or_open()
+            opened = True
+            self._serve()
+        except (SessionLost, StatementFailed) as lost:
+            if self.leaving and not opened:
+                return OK
+            felled = opened and self.session.felled
+            self.channel.send(Lost(why=str(lost)[:8000], opened=opened, felled=felled))
+            return LOST
+        return OK
+
+    def _on_term(self, *_: object) -> None:
+        self.leaving = True
+
+    def _on_interrupt(self, *_: object) -> None:
+        self.leaving = self.interrupted = True
+
+    def _title(self, doing: str) -> None:
+        set_title(f"worker {self.spec.label} {doing}")
+
+    def _take_over_or_open(self) -> None:
+        """The master's session, if nothing has come from it meanwhile: that would be its end."""
+        if self.ready is None:
+            self._open()
+        elif self.watch.wait(self.ready.session.pgconn.socket, timeout=0):
+            self.ready.session.close()
+            self._open()
+        else:
+            self.ready.session.take_over(self.watch)
+            self._use(self.ready)
+
+    def _open(self) -> None:
+        session = Session.open(
+            self.spec.conninfo, self.watch, timeout=OPEN_TIMEOUT, stop=lambda: self.leaving or self.channel.closed
+        )
+        steps = self._finisher(session).questions()
+        results = session.pipeline(steps.steps, timeout=PATIENCE)
+        self._use(Ready(session=session, fresh=Fresh.read(steps, results, self.spec.encoding)))
+        self.channel.send(Opened(pid=session.pid, since=self.finisher.fresh.since.decode()))
+
+    def _use(self, ready: Ready) -> None:
+        self.session = ready.session
+        self.finisher = self._finisher(ready.session)
+        self.finisher.fresh = ready.fresh
+        self.marked_at = time.monotonic()
+        self.limited = False
+
+    def _finisher(self, session: Session) -> Finisher:
+        return Finisher(session, self.spec.store, self.spec.encoding, self._wants_to_leave)
+
+    def _wants_to_leave(self) -> bool:
+        self._look()
+        return self.leaving
+
+    def _settings_mark(self) -> bytes:
+        """What tells the settings that a new session would have from those of another time."""
+        steps = Steps()
+        if not self.session.idle:
+            steps.own("rollback")
+        steps.own("open")
+        self.finisher.ours(steps, clean=False)
+        self.finisher.task(steps, "mark")
+        steps.own("commit")
+        results = self.session.pipeline(steps.steps, timeout=PATIENCE)
+        return results[steps.names.index("mark")].get_value(0, 0) or b""
+
+    def _serve(self) -> None:
+        while (run := self._await_run()) is not None:
+            self._enter(run)
+            self.task = self._begin(run)
+            begun = self.task is not None
+            while self.task is not None:
+                self.task = self._run(self.task)
+            self.idle_at = time.monotonic()
+            if not self.leaving:
+                self.room = False
+                self._title("idle")
+                self.channel.send(Idle(runs=self.runs, begun=begun))
+
+    def _enter(self, run: Run) -> None:
+        """The group and slot of an assignment. If we have just found nothing there, it was below what comes first."""
+        now = time.monotonic()
+        if run.lane == self.lane and now - self.idle_at < SOON:
+            self.below_until = now + BELOW
+        self.term, self.lane, self.slot = run.term, run.lane, run.slot
+
+    def _await_run(self) -> Run | None:
+        """The next assignment; None when the master wants no more of us, or is gone."""
+        self._look()
+        if self.assigned is None and not self.leaving:
+            self._title("idle")
+        while self.assigned is None and not self.leaving:
+            if self.watch.wait(self.session.pgconn.socket, listen=True):
+                self._drain()
+            self._look()
+        run, self.assigned = self.assigned, None
+        return None if self.leaving else run
+
+    def _drain(self) -> None:
+        """Something came from an idle session: a notice, a changed parameter, or its end."""
+        try:
+            self.session.pgconn.consume_input()
+        except OperationalError as error:
+            raise SessionLost(self.session.last_words()) from error
+
+    def _look(self) -> None:
+        """Take in what the master said; also called while a run goes on."""
+        self.watch.heard = False
+        for message in self.channel.receive():
+            match message:
+                case Run():
+                    self.assigned = message
+                case Room():
+                    self.room = True
+                case Cancel(id=id, back=back):
+                    if self.task is not None and id in (None, self.task.id):
+                        self.limits.cancelled = "back" if back else "stop"
+                    if id is None:
+                        self.leaving = True
+        if self.channel.closed:
+            self.leaving = True
+        if self.interrupted and self.task is not None and not self.limits.cancelled:
+            self.limits.cancelled = "back"
+
+    def _begin(self, run: Run) -> Task | None:
+        """Make the assigned row ours, durably, so that a run that kills its backend is counted.
+
+        One that is not to be had goes back to the master, who soon takes it again unless it was stopped or the term
+        is over: a user's trigger may refuse it for ever. So the pause after such ones in a row grows.
+        """
+        task = self._try_to_begin(run) or self._begin_anew(run)
+        self.vain = 0 if task is not None else self.vain + 1
+        if self.vain > 1:
+            time.sleep(min(2.0, 0.02 * 2 ** min(self.vain, 10)))
+        return task
+
+    def _begin_anew(self, run: Run) -> Task | None:
+        """A session older than an ALTER ROLE or ALTER DATABASE ... SET begins nothing: another one in its place."""
+        if self._settings_mark() == self.finisher.fresh.mark:
+            return None
+        log.debug("session_outdated", table=self.spec.label, backend=self.session.pid)
+        self.session.close()
+        self._open()
+        return self._try_to_begin(run)
+
+    def _try_to_begin(self, run: Run) -> Task | None:
+        for pause in (0.1, 0.5, 2.0, None):
+            steps = Steps()
+            if not self.session.idle:
+                steps.own("rollback")
+            steps.own("open")
+            self.finisher.ours(steps, clean=False)
+            begin = (self.finisher.fresh.since, run.id, run.taker, run.attempt, run.term, self.finisher.fresh.mark)
+            self.finisher.task(steps, "begin", *begin)
+            steps.own("commit")
+            try:
+                results = self.session.pipeline(steps.steps, timeout=PATIENCE)
+            except StatementFailed as failure:
+                if failure.code == "26000":
+                    self.session.forget_statements()
+                self._begin_failed(run, failure)
+                if pause is not None:
+                    time.sleep(pause)
+                continue
+            task = Task.read(results[steps.names.index("begin")])
+            if task is not None and self.refusal:
+                log.info("begin_recovered", id=run.id, table=self.spec.label)
+                self.refusal = ""
+            return task
+        return None
+
+    def _begin_failed(self, run: Run, failure: StatementFailed) -> None:
+        """Say it once for each reason, until a begin succeeds."""
+        if failure.code != self.refusal:
+            changed = f"{failure}: a trigger may have changed the state or pid that was written"
+            error = changed if failure.code == "22012" else str(failure)
+            log.warning("begin_failed", id=run.id, table=self.spec.label, code=failure.code, error=error)
+            self.refusal = failure.code
+
+    def _run(self, task: Task) -> Task | None:
+        """Run one task to its end. Returns the group's next one, already ours."""
+        started = time.monotonic()
+        self.runs += 1
+        self._title(f"{_readable(task.group, self.spec.encoding)} {task.id}")
+        self.limits = Limits(deadline=started + task.timeout_ms / 1000 if task.timeout_ms else None)
+        log.debug("run", id=task.id, attempt=task.attempt, group=task.group.decode(errors="replace"))
+        self.finisher.owner = self.session.pid
+        if task.repeated:
+            task = task._replace(copied=self.finisher.columns())
+        outcome = self._execute_or_bury(task)
+        self._look()
+        following = self._end(task, outcome)
+        log.debug("ran", id=task.id, ok=outcome.ok, code=outcome.code, ms=round((time.monotonic() - started) * 1000, 3))
+        return following
+
+    def _end(self, task: Task, outcome: Outcome) -> Task | None:
+        cancelled = self.limits.cancelled
+        if cancelled == "stop":
+            self.finisher.note_stop(task, outcome)
+            return None
+        if cancelled == "back" and outcome.code == "57014":
+            self.finisher.give_back(task)
+            return None
+        if cancelled == "timeout" and outcome.code == "57014":
+            outcome = _timed_out(task, outcome)
+        want = Want(
+            next=not (self.room or self.leaving),
+            runs=self.runs,
+            age=time.monotonic() - self.born,
+            term=self.term,
+            lane=self.lane,
+            slot=self.slot,
+            below=time.monotonic() < self.below_until,
+            mark=self.finisher.fresh.mark if time.monotonic() - self.marked_at > OUTDATED else None,
+        )
+        if want.mark is not None:
+            self.marked_at = time.monotonic()
+        return self.finisher.finish(task, outcome, want)
+
+    def _execute_or_bury(self, task: Task) -> Outcome:
+        """Run the input; where no cancel request helped, over the dead body of its backend."""
+        try:
+            return self._execute(task)
+        except SessionLost as lost:
+            if not self.limits.buried:
+                raise
+            message = str(lost).encode()
+        self.session.close()
+        owner = self.finisher.owner
+        self._open()
+        self.finisher.owner = owner
+        self._await_end(owner)
+        error = Error(severity=b"FATAL", message=message, code=b"57014")
+        return Outcome(output=None, errors=(error,), notice=None, encoding=self.spec.encoding)
+
+    def _await_end(self, backend: int) -> None:
+        """A row is written for a terminated backend only when that one is really gone."""
+        while True:
+            steps = Steps()
+            self.finisher.task(steps, "alive", backend)
+            [result] = self.session.pipeline(steps.steps, timeout=PATIENCE)
+            if not result.ntuples:
+                return
+            time.sleep(0.05)
+
+    def _execute(self, task: Task) -> Outcome:
+        if task.remote is not None:
+            return self.remote.execute(task, self.limits, self._look)
+        self._limit(task)
+        if not task.atomic or ALONE.match(task.input) or (self.detours and _digest(task) in self.detours):
+            return self._send(task, b"")
+        outcome = self._send(task, PREFIX)
+        if outcome.code not in ("25001", "2D000") or outcome.committed or self.limits.cancelled:
+            return outcome
+        if len(self.detours) >= DETOURS:
+            self.detours.clear()
+        self.detours.add(_digest(task))
+        self.finisher.rewind(save=task.save)
+        self._limit(task)
+        return self._send(task, b"")
+
+    def _send(self, task: Task, prefix: bytes) -> Outcome:
+        return execute(self.session, task.input, task.format, prefix=prefix, limits=self.limits, tick=self._tick)
+
+    def _limit(self, task: Task) -> None:
+        """Let the server end the statement by itself; the deadline here bounds the run as a whole."""
+        if not task.timeout_ms and not self.limited:
+            return
+        limits = [limit for limit in (task.timeout_ms, self.finisher.fresh.limit_ms) if limit]
+        steps = Steps()
+        steps.add("timeout", Step(own_text("timeout"), (str(min(limits, default=0)).encode(),)))
+        self.session.pipeline(steps.steps, timeout=PATIENCE)
+        self.limited = task.save and bool(task.timeout_ms)
+
+    def _tick(self) -> None:
+        if self.watch.heard or self.interrupted:
+            self._look()
+        if self.limits.tries >= STUBBORN:
+            self._terminate()
+
+    def _terminate(self) -> None:
+        """Cancel requests have no effect: end our own backend over a second session; this one is then lost."""
+        log.warning("run_ignores_cancel", id=self.task.id if self.task else None, backend=self.session.pid)
+        self.limits.buried = True
+        other = Session.open(self.spec.conninfo, self.watch, timeout=5.0, stop=lambda: False)
+        try:
+            steps = Steps()
+            self.finisher.task(steps, "end_backend", self.session.pid)
+            other.pipeline(steps.steps, timeout=5.0)
+        finally:
+            other.close()
+        self.limits.tries = 0
+
+
+def _timed_out(task: Task, outcome: Outcome) -> Outcome:
+    """We cancelled because of the task's own timeout; the server thinks that a user did."""
+    error = Error(
+        message=b"canceling statement due to statement timeout",
+        code=b"57014",
+        detail=b"The task's timeout is %d ms." % task.timeout_ms,
+        context=outcome.errors[0].context,
+    )
+    return Outcome(output=outcome.output, errors=(error,), notice=outcome.notice, encoding=outcome.encoding)
+
+
+def _digest(task: Task) -> bytes:
+    return hashlib.blake2b(task.input, digest_size=16).digest()
+
+
+def _readable(text: bytes, encoding: str) -> str:
+    return transcode(text, encoding, "UTF8").decode(errors="replace")

@@ -1,0 +1,1 @@
+"""The tests. Shared fixtures live in `tests.fixtures`, one module by theme."""

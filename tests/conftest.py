@@ -1,0 +1,38 @@
+"""What every test may rely on: the fixtures, no PG* variables, and an end that cleans up."""
+
+import os
+import signal
+
+import pytest
+
+from pgtask import embedded
+from pgtask.errors import UserError
+
+pytest_plugins = [
+    "tests.fixtures.server",
+    "tests.fixtures.database",
+    "tests.fixtures.master",
+    "tests.fixtures.ledger",
+    "tests.fixtures.proxy",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in [name for name in os.environ if name.startswith("PG") and not name.startswith("PGTASK_TEST_")]:
+        del os.environ[name]
+    if "PGTASK_TEST_DSN" not in os.environ:
+        check_version(os.environ.get("PGTASK_TEST_PG"))
+    # `timeout bin/test` and the like: leave by the door, so that servers and masters are stopped. A shell that starts
+    # us in the background has INT ignored, and what we start would inherit that.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
+
+
+def check_version(wanted: str | None) -> None:
+    """A version that is not there is one line at the start, not an error of every test."""
+    if wanted and not wanted.isdecimal():
+        raise pytest.UsageError(f"PGTASK_TEST_PG is a major version such as 16, not {wanted!r}")
+    try:
+        embedded.find(int(wanted) if wanted else None)
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None

@@ -1,0 +1,189 @@
+"""Processes that hang for a while and go on as if nothing had been: a paused machine, SIGSTOP, heavy swapping."""
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from signal import SIGKILL, SIGTERM
+
+from tests.fixtures.database import Database
+from tests.fixtures.ledger import ENTRY, Ledger
+from tests.fixtures.master import Master
+from tests.fixtures.processes import frozen
+from tests.fixtures.wait import eventually
+
+Start = Callable[..., Master]
+
+
+def stand_by(database: Database, master: Start) -> Master:
+    two = master(database.conninfo, wait=False)
+    two.wait_log("standing_by")
+    return two
+
+
+def leader(database: Database) -> int:
+    """The backend that serves the table."""
+    [(backend,)] = database.execute("SELECT backend FROM task_master")
+    return int(backend)
+
+
+def leading_pid(database: Database) -> int:
+    """The master that serves the table."""
+    [(pid,)] = database.execute("SELECT pid FROM task_master")
+    return int(pid)
+
+
+def taken(database: Database, backend: int) -> int:
+    """How many rows a poller has taken that no worker has begun."""
+    return int(database.execute("SELECT count(*) FROM task WHERE state = 'TAKE' AND pid = %s", [backend])[0][0])
+
+
+@contextmanager
+def frozen_with_a_take_unread(database: Database, ledger: Ledger, one: Master) -> Iterator[None]:
+    """The master hangs, and the answer to its take, which has long been committed, waits in its socket."""
+    backend = leader(database)
+    waiting = "SELECT wait_event_type FROM pg_stat_activity WHERE pid = %s"
+    asleep = """SELECT 1 FROM pg_stat_activity AS a JOIN pg_locks AS l ON l.pid = a.pid
+        WHERE a.pid = %s AND a.state = 'idle' AND a.state_change < clock_timestamp() - interval '200 ms'
+            AND l.locktype = 'advisory' AND l.objid = 4294967295"""
+    with ExitStack() as until_then:
+        # Then a take is what a notification makes it say first.
+        eventually(lambda: database.admin_execute(asleep, [backend]))
+        with database.connect(autocommit=False) as locking:
+            locking.execute("LOCK TABLE task IN SHARE MODE")
+            database.execute("SELECT pg_notify('pgtask_' || 'task'::regclass::oid, '')")  # it looks at the table
+            eventually(lambda: database.admin_execute(waiting, [backend]) == [("Lock",)])
+            until_then.enter_context(frozen(one.pid))
+            locking.execute(
+                # Due at the instant that the take is for, whenever that was.
+                'INSERT INTO task (input, "group", delete, plan)'
+                " SELECT %s, 'ledger unread ' || n, false, now() - interval '1 min' FROM generate_series(1, 5) AS n",
+                [ENTRY],
+            )
+            ledger.wanted += 5
+        eventually(lambda: taken(database, backend) == 5)
+        yield
+
+
+def assert_led_by(one: Master, other: Master) -> None:
+    """`ps` and the log say who leads."""
+    eventually(lambda: one.title().startswith("pgtask: master (1 table, ") and "standing by" not in one.title())
+    eventually(lambda: "1 standing by" in other.title())
+    pattern = r"\bleading\b|standing_by"
+    eventually(lambda: " leading " in one.logged(pattern)[-1])
+    eventually(lambda: f"pid={one.pid}" in other.logged(pattern)[-1])
+
+
+def test_master_that_hangs_for_a_while_costs_nothing(database: Database, ledger: Ledger, master: Start) -> None:
+    one = master(database.conninfo)
+    chance = random.Random(3)
+    for _ in range(4):
+        ledger.fill(40, groups=8)
+        time.sleep(chance.uniform(0, 0.1))
+        with frozen(one.pid):
+            ledger.fill(10, groups=8)
+            time.sleep(chance.uniform(0, 0.5))
+    ledger.settled()
+    assert database.execute("SELECT DISTINCT attempt FROM task") == [(1,)]
+    assert len(one.logged(r"\bleading\b")) == 1
+
+
+def test_workers_that_hang_for_a_while_cost_nothing(database: Database, ledger: Ledger, master: Start) -> None:
+    one = master("--workers", "4", database.conninfo, tables=1)
+    chance = random.Random(4)
+    ledger.fill(200, groups=6, ms=10)
+    hung = 0
+    while ledger.unfinished() and hung < 20:
+        workers = one.workers()
+        with frozen(*chance.sample(workers, min(2, len(workers)))):
+            hung += min(2, len(workers))
+            time.sleep(chance.uniform(0, 0.2))
+    ledger.settled()
+    assert database.execute("SELECT DISTINCT attempt FROM task") == [(1,)]
+    assert one.logged("run_lost") == []
+
+
+def test_idle_worker_that_hangs_when_it_is_given_a_run_begins_it_later(database: Database, master: Start) -> None:
+    one = master("--linger", "60s", database.conninfo, tables=1)
+    database.wait(database.insert("SELECT 1", delete=False))
+    [worker] = one.workers()
+    eventually(lambda: one.title(worker).endswith("idle"))
+    with frozen(worker):
+        id = database.insert("SELECT 1", delete=False)
+        database.wait(id, "TAKE")
+        other = database.wait(database.insert("SELECT 1", group="other", delete=False))
+    row = database.wait(id)
+    assert (row["state"], row["attempt"], other["state"]) == ("DONE", 1, "DONE")
+
+
+def test_hung_master_is_replaced_and_woken_up_again_does_no_harm(
+    database: Database, ledger: Ledger, master: Start
+) -> None:
+    one, two = master(database.conninfo), stand_by(database, master)
+    long, after = [], []
+    for n, seconds in enumerate((1, 13)):
+        group = f"ledger long {n}"
+        long.append(database.insert(f"{ENTRY}; SELECT pg_sleep({seconds})", group=group, delete=False))
+        after.append(database.insert(ENTRY, group=group, delete=False))
+        ledger.wanted += 2
+        database.wait(long[n], "WORK")
+    with frozen_with_a_take_unread(database, ledger, one):
+        since = time.monotonic()
+        two.wait_log(r"\bleading\b", timeout=40)
+        assert time.monotonic() - since < 30, "the server ends a session that is silent for 10 s"
+        assert database.task(after[0])["state"] == "DONE", "its worker needs no master for that"  # type: ignore[index]
+        ledger.fill(20, groups=8)
+        eventually(lambda: not database.tasks("\"group\" LIKE 'ledger unread %' AND state <> 'DONE'"))
+        forked = len(one.logged("worker_forked"))
+    one.wait_log("table_down")
+    one.wait_log("standing_by")
+    ledger.settled()
+    assert_led_by(two, one)
+    assert {row["attempt"] for row in database.tasks()} == {1}
+    assert len(one.logged(r"\bleading\b")) == 1
+    assert len(one.logged("worker_forked")) > forked, "it did not read the answer to its take"
+    eventually(lambda: not one.workers())
+    since = time.monotonic()
+    one.stop(SIGTERM)
+    assert time.monotonic() - since < 10, "a stop of the one that stands by waits for nothing"
+
+
+def test_masters_that_hang_at_random_moments_and_are_replaced_run_nothing_twice(
+    database: Database, ledger: Ledger, master: Start
+) -> None:
+    masters = [master(database.conninfo), stand_by(database, master)]
+    chance = random.Random(5)
+    for _ in range(3):
+        leads, stands = sorted(masters, key=lambda one: one.pid != leading_pid(database))
+        ledger.fill(150, groups=12, ms=2)
+        time.sleep(chance.uniform(0, 0.2))
+        with frozen(leads.pid):
+            # At once, instead of after idle_session_timeout.
+            database.admin_execute("SELECT pg_terminate_backend(%s)", [leader(database)])
+            eventually(lambda stands=stands: leading_pid(database) == stands.pid)
+            time.sleep(chance.uniform(0, 0.2))
+        eventually(lambda leads=leads: "standing by" in leads.title())
+        assert_led_by(stands, leads)
+    ledger.settled()
+    assert {row["attempt"] for row in database.tasks()} == {1}
+
+
+def test_deposed_master_whose_worker_was_killed_stops_without_delay(
+    database: Database, ledger: Ledger, master: Start
+) -> None:
+    one, two = master(database.conninfo), stand_by(database, master)
+    one.may_log_errors = True
+    ledger.fill(1, ms=300)
+    eventually(lambda: database.tasks("state = 'WORK'"))
+    [worker] = one.workers()
+    with frozen(one.pid):
+        database.admin_execute("SELECT pg_terminate_backend(%s)", [leader(database)])
+        two.wait_log(r"\bleading\b")
+        os.kill(worker, SIGKILL)
+    one.wait_log("standing_by")
+    one.wait_log(f"worker_ended worker={worker}")
+    since = time.monotonic()
+    assert one.stop(SIGTERM) == 0
+    assert time.monotonic() - since < 10
+    ledger.settled()

@@ -1,0 +1,166 @@
+"""What the hot statements cost does not depend on what lies in the table: counted in buffers, not in time.
+
+Each kind of ballast is measured twice, the second time with eight times as much: a cost that grows with it shows.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from pgtask.async_session import SETTINGS, with_options
+from pgtask.objects import Names
+from tests.fixtures.catalog import install
+from tests.fixtures.database import Database, drop
+from tests.fixtures.served import create_fresh
+from tests.fixtures.server import AnyServer
+
+FEW, MANY = 2_000, 16_000
+INSERT = 'INSERT INTO task (plan, "group", max, input, state) '
+BALLAST = {
+    "finished": (
+        "SELECT now() - interval '2 min', 'g' || mod(n, 10), 0, 'SELECT 1', 'DONE' FROM generate_series(1, %s) AS n"
+    ),
+    "planned for the future in one group": (
+        "SELECT now() + n * interval '1 s', 'g1', mod(n, 3), 'SELECT 1', 'PLAN' FROM generate_series(1, %s) AS n"
+    ),
+    "planned for the future, a group each": (
+        "SELECT now() + n * interval '1 s', 'f' || n, 0, 'SELECT 1', 'PLAN' FROM generate_series(1, %s) AS n"
+    ),
+    "due in a full group": (
+        "SELECT now() - interval '1 s' - n * interval '1 ms', 'full', 0, 'SELECT 1', 'PLAN'"
+        " FROM generate_series(1, %s) AS n"
+    ),
+    "stopped": "SELECT now(), 'g' || mod(n, 10), 0, 'SELECT 1', 'STOP' FROM generate_series(1, %s) AS n",
+}
+BEGINNING = ("-infinity", -(2**63))
+STATEMENTS = (
+    "take",
+    "next",
+    "next_below",
+    "next_plan",
+    "expire",
+    "foreign",
+    "rescue",
+    "rescue_stopped",
+    "unheard",
+    "owned",
+    "owners",
+)
+QUICK = ("take", "next_after", "next_plan", "expire", "owned", "owners")
+
+
+class Table:
+    """A task table without a master, and what statements on it cost, planned as the master's and workers' are."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.store = Names(schema="public", table="task").store()
+        install(database)
+        database.execute("ALTER TABLE task DISABLE TRIGGER USER")
+        database.execute("UPDATE task_master SET term = 1")
+        database.execute(INSERT + "VALUES (now(), 'full', 0, 'SELECT 1', 'WORK')")
+        database.execute(
+            INSERT + "SELECT now(), 'g' || mod(n, 10), 0, 'SELECT 1', 'PLAN' FROM generate_series(1, 50) AS n"
+        )
+        session = database.connect(make_conninfo(**with_options(database.conninfo, SETTINGS)))
+        for name in {*STATEMENTS, *QUICK}:
+            session.execute(f"PREPARE hot_{name} AS {self.store.text(name)}".encode())
+        self._cursor = psycopg.ClientCursor(session)
+
+    def parameters(self, name: str, *, quick: bool) -> tuple[Any, ...]:
+        """As the master and a worker of group g1 give them, with the slot of group `full` in use."""
+        query = "SELECT hashtextextended(g, hashtextextended('', 0)) FROM unnest('{full,g1}'::text[]) AS g"
+        [(full,), (g1,)] = self.database.execute(query)
+        query = "SELECT max, plan, id FROM task WHERE state = 'PLAN' AND plan <= now() ORDER BY plan, id LIMIT 1"
+        [(max, *place)] = self.database.execute(query)
+        who = ("-infinity", "g1", "", 0, 0.0, 1, g1, 0)
+        known: dict[str, tuple[Any, ...]] = {
+            "take": (10, [], 200, None, [full], "-infinity", None, *((*place, "now") if quick else (*BEGINNING, None))),
+            "next": who,
+            "next_below": who,
+            "next_after": (*who, max, *place),
+            "next_plan": ("now",),
+            "expire": (1000, *(place if quick else BEGINNING)),
+            "foreign": ([1], [], [], []),
+            "rescue": (3, [], [], [], []),
+            "rescue_stopped": (),
+            "unheard": ([1],),
+            "owned": (1, 0, 1),
+            "owners": ([1],),
+        }
+        return known[name]
+
+    def fill(self, ballast: str, count: int) -> None:
+        self.database.execute(INSERT + ballast, [count])
+
+    def pass_by(self, count: int) -> None:
+        """So many tasks run to their end, all of them planned before what is left."""
+        self.fill(BALLAST["due in a full group"].replace("'full'", "'g1'").replace("1 s'", "1 h'"), count)
+        for state in ("WORK", "DONE"):
+            query = "UPDATE task SET state = %s WHERE state IN ('PLAN', 'WORK') AND plan < now() - interval '30 min'"
+            self.database.execute(query, [state])
+
+    def buffers(self, name: str, *, quick: bool = False) -> int:
+        """Hit or read by the statement, once what it finds for the first time is behind it."""
+        parameters = self.parameters(name, quick=quick)
+        places = ", ".join(["%s"] * len(parameters))
+        text = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE hot_{name}" + (f"({places})" if places else "")
+        for _ in range(2):
+            with self._cursor.connection.transaction(force_rollback=True):
+                row = self._cursor.execute(text.encode(), parameters).fetchone()
+        plan = cast(tuple[Any], row)[0][0]["Plan"]
+        return int(plan["Shared Hit Blocks"]) + int(plan["Shared Read Blocks"])
+
+
+@pytest.fixture(scope="module", params=BALLAST)
+def costs(request: pytest.FixtureRequest, server: AnyServer) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """The buffers of each statement with few rows of ballast and with many."""
+    database = create_fresh(server)
+    try:
+        table = Table(database)
+        table.fill(BALLAST[request.param], FEW)
+        few = {name: table.buffers(name) for name in STATEMENTS}
+        table.fill(BALLAST[request.param], MANY - FEW)
+        yield few, {name: table.buffers(name) for name in STATEMENTS}
+    finally:
+        database.close()
+        drop(database)
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_statement_costs_the_same_whatever_lies_in_the_table(
+    costs: tuple[dict[str, int], dict[str, int]], name: str
+) -> None:
+    few, many = (cost[name] for cost in costs)
+    assert many <= 1.5 * few + 20
+
+
+@pytest.fixture(scope="module")
+def held_back(server: AnyServer) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """The buffers of quick looks, with few and with many dead entries at the head of the indexes."""
+    database = create_fresh(server)
+    try:
+        table = Table(database)
+        with database.connect() as old:
+            old.autocommit = False
+            old.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            old.execute("SELECT FROM task")
+            table.pass_by(FEW)
+            few = {name: table.buffers(name, quick=True) for name in QUICK}
+            assert table.buffers("take") > few["take"] + FEW / 100, "nothing is held back"
+            table.pass_by(MANY - FEW)
+            yield few, {name: table.buffers(name, quick=True) for name in QUICK}
+    finally:
+        database.close()
+        drop(database)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_quick_look_costs_the_same_however_many_tasks_went_by_since_the_oldest_snapshot(
+    held_back: tuple[dict[str, int], dict[str, int]], name: str
+) -> None:
+    few, many = (cost[name] for cost in held_back)
+    assert many <= 1.2 * few + 5

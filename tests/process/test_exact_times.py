@@ -1,0 +1,119 @@
+"""Planned tasks start at their time, whatever happens to the plan meanwhile."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from psycopg import RawCursor, sql
+
+from pgtask import timers
+from pgtask.objects import Names
+from pgtask.poller import BEGINNING
+from tests.fixtures.catalog import install
+from tests.fixtures.database import Database
+from tests.fixtures.locks import passes
+from tests.fixtures.master import Master
+from tests.fixtures.wait import eventually
+
+STALL = 5
+"""Seconds: on no machine is a task so late that was not forgotten; what would find it otherwise comes after an hour."""
+
+
+@pytest.fixture
+def slow(database: Database, master: Callable[..., Master]) -> Iterator[Master]:
+    """A master that is of no use unless its timers and notifications are."""
+    one = master("--safety", "1h", "--sleep", "1h", "--linger", "1min", database.conninfo, tables=1)
+    yield one
+
+
+def in_ms(milliseconds: float) -> sql.SQL:
+    return sql.SQL(f"clock_timestamp() + interval '{milliseconds} ms'")  # type: ignore[arg-type]
+
+
+def lateness(database: Database, ids: list[int]) -> list[float]:
+    rows = [database.wait(id) for id in ids]
+    assert [row["state"] for row in rows] == ["DONE"] * len(ids)
+    return [(row["start"] - row["plan"]).total_seconds() for row in rows]
+
+
+def test_none_of_many_planned_tasks_is_early_or_forgotten(database: Database, slow: Master) -> None:
+    ids = [database.insert("SELECT 1", group=f"g{n % 3}", plan=in_ms(300 + 17.3 * n), delete=False) for n in range(100)]
+    late = sorted(lateness(database, ids))
+    assert late[0] >= 0
+    assert late[-1] < STALL, late
+
+
+def test_plan_that_was_moved_earlier_later_or_deleted_is_what_counts(database: Database, slow: Master) -> None:
+    earlier, later, deleted, untouched = (
+        database.insert("SELECT 1", group=f"g{n}", plan=in_ms(plan), delete=False)
+        for n, plan in enumerate((3600_000, 400, 500, 900))
+    )
+    database.execute("UPDATE task SET plan = clock_timestamp() + interval '200 ms' WHERE id = %s", [earlier])
+    database.execute("UPDATE task SET plan = plan + interval '900 ms' WHERE id = %s", [later])
+    database.execute("DELETE FROM task WHERE id = %s", [deleted])
+    late = lateness(database, [earlier, untouched, later])
+    assert 0 <= min(late) <= max(late) < STALL
+    assert database.task(deleted) is None
+
+
+def test_rows_that_were_long_uncommitted_start_at_once_when_they_are(database: Database, slow: Master) -> None:
+    for asleep in (True, False):
+        passes(0.3)
+        if not asleep:
+            database.insert("SELECT 1", group="busy")
+        writer = database.connect(autocommit=False)
+        writer.execute(
+            "INSERT INTO task (input, \"group\", delete, data) SELECT 'SELECT 1', n, false, %s"
+            " FROM generate_series(1, 3) AS n",
+            [str(asleep)],
+        )
+        passes(1.2)
+        writer.commit()
+        [(committed,)] = database.execute("SELECT clock_timestamp()")
+        where = f"data = '{asleep}'"
+        eventually(lambda: [row["state"] for row in database.tasks(where)] == ["DONE"] * 3, timeout=10)  # noqa: B023
+        assert max((row["start"] - committed).total_seconds() for row in database.tasks(where)) < STALL
+
+
+def test_repeat_of_a_second_keeps_its_grid(database: Database, slow: Master) -> None:
+    id = database.insert("SELECT 1", repeat="1 s", plan=in_ms(100), delete=False)
+    database.wait(id)
+    eventually(lambda: database.execute("SELECT count(*) >= 4 FROM task WHERE state = 'DONE'") == [(True,)])
+    rows = database.tasks("state = 'DONE'")
+    steps = [(row["plan"] - rows[0]["plan"]).total_seconds() for row in rows]
+    assert steps == [float(n) for n in range(len(rows))]
+    assert all(0 <= (row["start"] - row["plan"]).total_seconds() < STALL for row in rows)
+    database.execute("UPDATE task SET state = 'STOP' WHERE state = 'PLAN'")
+
+
+def test_plan_that_falls_between_the_take_and_the_look_for_the_next_is_not_missed(database: Database) -> None:
+    """The next moment is looked for after the instant of the take, not after that of the look."""
+    install(database)
+    store = Names(schema="public", table="task").store()
+    id = database.insert("SELECT 1", plan=in_ms(300))
+    with database.connect() as session:
+        cursor = RawCursor(session)
+        parameters = [10, [], 200, None, [], "2000-01-01", None, *BEGINNING, None]
+        [(seen, _, now, *_, taken, _, _, _, _, _, _)] = cursor.execute(
+            store.text("take").encode(), parameters
+        ).fetchall()
+        assert (seen, taken) == (0, None)
+        eventually(
+            lambda: database.execute("SELECT plan < clock_timestamp() FROM task WHERE id = %s", [id]) == [(True,)]
+        )
+        [(seconds,)] = cursor.execute(store.text("next_plan").encode(), [now]).fetchall()
+    assert seconds < 0
+
+
+def test_timer_is_not_rounded_to_milliseconds() -> None:
+    async def naps() -> list[float]:
+        lengths = []
+        for _ in range(200):
+            began = time.monotonic()
+            await asyncio.sleep(0.0002)
+            lengths.append(time.monotonic() - began)
+        return lengths
+
+    lengths = timers.run(naps())
+    assert 0.0002 <= min(lengths) < 0.001

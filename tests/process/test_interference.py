@@ -1,0 +1,282 @@
+"""What others do while a task runs: locks, triggers, constraints, a restart by hand, another user's master."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from signal import SIGCONT, SIGHUP, SIGKILL, SIGQUIT, SIGSTOP, SIGUSR1, Signals
+from typing import Any
+
+import pytest
+
+from tests.fixtures.database import Database
+from tests.fixtures.master import Master
+from tests.fixtures.wait import eventually
+
+Start = Callable[..., Master]
+SILENT = "WITH slow AS MATERIALIZED (SELECT pg_sleep(0.5)) SELECT FROM slow WHERE pg_sleep IS NULL"
+RUNNING = """SELECT count(*) FROM pg_stat_activity
+WHERE query LIKE '%pg_sleep(60)%' AND state = 'active' AND pid <> pg_backend_pid()"""
+STUBBORN = """DO $$BEGIN
+    FOR i IN 1 .. 40 LOOP
+        BEGIN PERFORM pg_sleep(0.05); EXCEPTION WHEN query_canceled THEN NULL; END;
+    END LOOP;
+END$$"""
+
+
+def unfinished(database: Database) -> list[dict[str, Any]]:
+    return database.tasks("state IN ('PLAN', 'TAKE', 'WORK')")
+
+
+def test_whatever_the_server_writes_dates_like_the_table_is_served(database: Database, master: Start) -> None:
+    database.admin_execute(f"ALTER DATABASE \"{database.name}\" SET datestyle = 'SQL, DMY'")
+    database.admin_execute(f"ALTER DATABASE \"{database.name}\" SET intervalstyle = 'sql_standard'")
+    master()
+    id = database.insert("SELECT '2030-12-31'::date", delete=False)
+    output = "SELECT output FROM task WHERE id = %s AND state = 'DONE'"
+    assert eventually(lambda: database.execute(output, [id])) == [("31/12/2030",)]
+
+
+def test_lock_on_the_table_delays_the_finish_of_an_atomic_task_and_splits_nothing(
+    database: Database, master: Start
+) -> None:
+    database.execute("CREATE TABLE effect (x int)")
+    master()
+    id = database.insert("INSERT INTO effect VALUES (1); SELECT pg_sleep(0.5)", delete=False)
+    database.wait(id, "WORK")
+    locking = database.connect(autocommit=False)
+    locking.execute("LOCK TABLE task IN SHARE MODE")  # what CREATE INDEX takes
+    time.sleep(17)
+    assert database.execute("SELECT count(*) FROM effect") == [(0,)], "committed apart from its row"
+    locking.rollback()
+    assert database.wait(id, timeout=30)["state"] == "DONE"
+    assert database.execute("SELECT count(*) FROM effect") == [(1,)]
+
+
+def test_lock_on_the_table_does_not_end_a_repetition(database: Database, master: Start) -> None:
+    master()
+    id = database.insert(SILENT, repeat="1 hour", data="chain")
+    database.wait(id, "WORK")
+    locking = database.connect(autocommit=False)
+    locking.execute("LOCK TABLE task IN SHARE MODE")
+    time.sleep(7)
+    locking.rollback()
+    database.wait(id, gone=True, timeout=30)
+    [following] = unfinished(database)
+    assert (following["parent"], following["data"]) == (id, "chain")
+
+
+def test_deferred_constraint_on_the_table_refuses_the_next_row_and_not_the_finish(
+    database: Database, master: Start
+) -> None:
+    master()
+    database.execute("ALTER TABLE task ADD UNIQUE (data) DEFERRABLE INITIALLY DEFERRED")
+    id = database.insert("SELECT 1/0", repeat="1 hour", data="x")
+    row = database.wait(id)
+    assert row["state"] == "FAIL"
+    assert "the next row was refused" in row["error"]
+
+
+def test_trigger_that_swallows_the_finish_costs_no_processor(database: Database, master: Start) -> None:
+    one = master()
+    one.may_log_errors = True
+    database.execute(
+        "CREATE FUNCTION swallow() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN IF NEW.state IN ('DONE', 'FAIL') THEN RETURN NULL; END IF; RETURN NEW; END$$;"
+        "CREATE TRIGGER swallow BEFORE UPDATE ON task FOR EACH ROW EXECUTE FUNCTION swallow()"
+    )
+    id = database.insert("SELECT 1", delete=False)
+    one.wait_log("finish_failed")
+    count = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()"
+    [(before,)] = database.admin_execute(count)
+    time.sleep(2)
+    [(after,)] = database.admin_execute(count)
+    assert after - before < 200
+    database.execute("DROP TRIGGER swallow ON task")
+    assert database.wait(id, timeout=30)["state"] in ("DONE", "FAIL")
+
+
+def test_task_restarted_by_hand_while_it_runs_is_never_stuck(database: Database, master: Start) -> None:
+    one = master()
+    for number in range(3):
+        database.insert(SILENT.replace("0.5", "0.002"), repeat="1 millisecond", group=f"busy{number}")
+    id = database.insert("SELECT pg_sleep(60)", group="restarted")
+    session = database.connect(autocommit=False)
+    for _ in range(60):
+        database.wait(id, "WORK")
+        session.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
+        session.execute("UPDATE task SET state = 'PLAN' WHERE id = %s", [id])
+        session.commit()
+        eventually(lambda: database.admin_execute(RUNNING) == [(1,)])
+    database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
+    database.execute("UPDATE task SET repeat = '0' WHERE state = 'PLAN'")
+    eventually(lambda: not database.tasks("state IN ('TAKE', 'WORK') AND \"group\" = 'restarted'"))
+    assert one.process.poll() is None
+
+
+def test_stopped_run_holds_its_slot_until_it_has_really_ended(database: Database, master: Start) -> None:
+    master()
+    first = database.insert(STUBBORN)
+    database.wait(first, "WORK")
+    second = database.insert("SELECT 1", delete=False)
+    database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [first])
+    row = database.wait(second)
+    stopped = eventually(lambda: (found := database.task(first)) and found["stop"] and found)
+    assert row["start"] >= stopped["stop"]
+
+
+@pytest.mark.parametrize("change", ["UPDATE task SET state = 'STOP'", "DELETE FROM task"])
+@pytest.mark.parametrize("killed", ["worker", "master"])
+def test_run_whose_row_is_no_longer_running_holds_its_slot_whoever_died(
+    database: Database, master: Start, killed: str, change: str
+) -> None:
+    """The backend is frozen, so that nothing can end it: what it did not let go of is seen by the lock."""
+    one = master()
+    one.may_log_errors = True
+    id = database.insert(f"SELECT pg_advisory_lock(7); {STUBBORN}")
+    backend = database.wait(id, "WORK")["pid"]
+    eventually(lambda: database.admin_execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objid = 7"))
+    os.kill(backend, SIGSTOP)
+    try:
+        if killed == "worker":
+            os.kill(one.workers()[0], SIGKILL)
+            one.wait_log("worker_ended")
+        else:
+            one.expect_exit = None
+            one.signal(SIGKILL)
+            master()
+        database.execute(f"{change} WHERE id = {id}")
+        after = database.insert("SELECT pg_try_advisory_lock(7)", delete=False)
+        beside = database.insert("SELECT 1", group="beside", delete=False)
+        assert database.wait(beside)["state"] == "DONE"
+        row = database.task(after)
+        assert row is not None
+        assert row["state"] == "PLAN"
+    finally:
+        os.kill(backend, SIGCONT)
+    assert database.wait(after)["output"] == "t"
+
+
+def test_stopped_run_holds_its_slot_also_against_the_worker_beside_it(database: Database, master: Start) -> None:
+    master(database.conninfo)
+    first = database.insert("SELECT pg_sleep(1)", max=1, delete=False)
+    stubborn = database.insert(STUBBORN, max=1)
+    for id in (first, stubborn):
+        database.wait(id, "WORK")
+    database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [stubborn])
+    row = database.wait(database.insert("SELECT 1", delete=False))
+    stopped = eventually(lambda: (found := database.task(stubborn)) and found["stop"] and found)
+    assert row["start"] >= stopped["stop"]
+
+
+def test_run_of_a_killed_master_that_is_stopped_is_cancelled_by_the_next_one(database: Database, master: Start) -> None:
+    one = master(database.conninfo)
+    one.expect_exit = -SIGKILL
+    ids = [database.insert("SELECT pg_sleep(60)", group=f"g{n}", delete=False) for n in range(2)]
+    for id in ids:
+        database.wait(id, "WORK")
+    one.stop(SIGKILL)
+    database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [ids[0]])
+    master(database.conninfo)
+    database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [ids[1]])
+    for id in ids:
+        row = eventually(lambda id=id: (found := database.task(id)) and found["stop"] and found)
+        assert (row["state"], row["attempt"]) == ("STOP", 1)
+
+
+def test_stopped_run_whose_worker_dies_has_an_end_too(database: Database, master: Start) -> None:
+    one = master(database.conninfo)
+    one.may_log_errors = True
+    id = database.insert(STUBBORN)
+    database.wait(id, "WORK")
+    [worker] = one.workers()
+    database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
+    os.kill(worker, SIGKILL)
+    eventually(lambda: (found := database.task(id)) and found["stop"])
+
+
+def test_row_stopped_while_the_master_has_no_session_is_cancelled_by_the_next_one(
+    database: Database, master: Start
+) -> None:
+    one = master()
+    id = database.insert("SELECT pg_sleep(60)")
+    database.wait(id, "WORK")
+    database.admin_execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pgtask master'"
+        f" AND datname = '{database.name}'"
+    )
+    database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
+    one.wait_log(r"\bleading\b", count=2)
+    eventually(lambda: (found := database.task(id)) and found["stop"])
+
+
+def test_master_of_another_user_leaves_running_tasks_alone(database: Database, master: Start) -> None:
+    other = f"{database.name}_other"
+    database.admin_execute(f'CREATE ROLE "{other}" LOGIN')
+    try:
+        killed = master()
+        killed.expect_exit = None
+        database.execute("CREATE TABLE effect (x int)")
+        id = database.insert("SELECT pg_sleep(3); INSERT INTO effect VALUES (1)", delete=False, atomic=False)
+        database.wait(id, "WORK")
+        database.execute(f'GRANT ALL ON task, task_master, effect TO "{other}"')
+        os.kill(killed.pid, SIGKILL)
+        master("--no-create", database.server.conninfo(database.name, other))
+        row = database.wait(id)
+        assert (row["state"], row["attempt"]) == ("DONE", 1)
+        assert database.execute("SELECT count(*) FROM effect") == [(1,)]
+    finally:
+        eventually(lambda: not [m for m in [killed] if m.left()])
+        database.admin_execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{other}'")
+
+
+def test_row_in_take_of_a_session_that_ends_later_is_soon_put_back(database: Database, master: Start) -> None:
+    master().stop()
+    owner = database.connect()
+    id = database.insert("SELECT 1", delete=False)
+    owner.execute("UPDATE task SET state = 'TAKE', pid = pg_backend_pid(), start = clock_timestamp()")
+    master()
+    time.sleep(1)
+    assert (database.task(id) or {})["state"] == "TAKE"
+    owner.close()
+    database.wait(id, "DONE", timeout=5)
+
+
+@pytest.mark.parametrize("number", [SIGHUP, SIGQUIT, SIGUSR1])
+def test_signal_of_the_masters_costs_a_worker_nothing(database: Database, master: Start, number: Signals) -> None:
+    one = master()
+    id = database.insert("SELECT pg_sleep(1)", delete=False)
+    database.wait(id, "WORK")
+    [worker] = one.workers()
+    os.kill(worker, number)
+    row = database.wait(id)
+    assert (row["state"], row["attempt"]) == ("DONE", 1)
+
+
+def test_negative_length_of_a_legal_timeout_is_the_shortest_one(database: Database, master: Start) -> None:
+    master()
+    id = database.insert("SELECT pg_sleep(5)", timeout="-1 year 361 days")
+    row = database.wait(id)
+    assert (row["state"], row["code"]) == ("FAIL", "57014")
+
+
+def test_tables_that_become_due_at_once_share_the_last_worker(
+    new_database: Callable[..., Database], master: Start
+) -> None:
+    first, second = new_database(), new_database()
+    entries = "".join(f"[[database]]\nconninfo = {json.dumps(one.conninfo)}\n" for one in (first, second))
+    master(config=f"[master]\nworkers = 1\n{entries}", tables=2)
+    for one in (first, second):
+        one.execute(
+            "INSERT INTO task (input, \"group\", plan) SELECT 'SELECT pg_sleep(0.02)', 'g', clock_timestamp() + '1 s'"
+            " FROM generate_series(1, 150)"
+        )
+
+    def done(one: Database) -> int:
+        return len(one.tasks("state = 'DONE'"))
+
+    eventually(lambda: done(first) and done(second))
+    assert min(150 - done(first), 150 - done(second)) > 0, "one of them had to wait for the other's whole backlog"
+    for one in (first, second):
+        one.execute("DELETE FROM task WHERE state = 'PLAN'")
+        eventually(lambda one=one: not unfinished(one))

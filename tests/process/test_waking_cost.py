@@ -1,0 +1,135 @@
+"""What waking costs: inserters that notify, strangers that do, tables that nobody wakes us for, many groups."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from pgtask import embedded
+from tests.fixtures.catalog import install
+from tests.fixtures.database import Database
+from tests.fixtures.locks import passes, transactions
+from tests.fixtures.master import Master
+from tests.fixtures.processes import cpu_seconds
+from tests.fixtures.server import start_server
+from tests.fixtures.wait import eventually
+
+CLIENTS = 8
+
+
+@pytest.fixture(scope="module")
+def talkative_server() -> Iterator[embedded.Server]:
+    """A server that logs every statement with who sent it."""
+    with start_server(log_statement="all", log_line_prefix="%a|%d|") as started:
+        yield started
+
+
+@pytest.fixture
+def talkative(talkative_server: embedded.Server, new_database: Callable[..., Database]) -> Database:
+    return new_database(on=talkative_server)
+
+
+def looks(database: Database) -> int:
+    """How often the master has looked for due rows."""
+    text = database.server.log_text()  # type: ignore[union-attr]
+    return text.count(f"\npgtask master|{database.name}|LOG:  execute _pg3_{look_number(text, database)}:")
+
+
+def look_number(text: str, database: Database) -> str:
+    """psycopg's name for the prepared statement is all that tells one execution from another's text."""
+    start = text.index(": WITH RECURSIVE instant AS", text.index(f"\npgtask master|{database.name}|"))
+    return text[text.rindex("_", 0, start) + 1 : start]
+
+
+def channel(database: Database) -> str:
+    return str(database.execute("SELECT 'pgtask_' || 'task'::regclass::oid")[0][0])
+
+
+def test_inserts_at_full_rate_send_few_notifications(database: Database, master: Callable[..., Master]) -> None:
+    """Also where the master finds nothing to do: the tasks' group is full, or they are planned for later."""
+    master(database.conninfo)
+    listener = database.connect()
+    listener.execute(f"LISTEN {channel(database)}".encode())
+    each = 250
+
+    def insert(n: int) -> None:
+        plan = "infinity" if n % 2 else "now"
+        with database.connect() as session:
+            for _ in range(each):
+                session.execute("INSERT INTO task (input, plan) VALUES ('SELECT 1', %s)", [plan])
+
+    clients = [threading.Thread(target=insert, args=[n]) for n in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    sent = len(list(listener.notifies(timeout=0.5)))
+    assert sent < 0.8 * CLIENTS * each
+    eventually(lambda: database.execute("SELECT FROM task WHERE plan < now()") == [])
+
+
+def test_stranger_who_floods_the_channel_costs_few_looks_and_delays_nobody(
+    talkative: Database, master: Callable[..., Master]
+) -> None:
+    master(talkative.conninfo)
+    stranger, name = talkative.connect(), channel(talkative)
+    talkative.wait(talkative.insert("SELECT 1", delete=False))
+    before, since, sent = looks(talkative), time.monotonic(), 0
+    while time.monotonic() - since < 1.5:
+        stranger.execute(f"NOTIFY {name}".encode())
+        sent += 1
+    spent = time.monotonic() - since
+    assert sent > 300
+    assert looks(talkative) - before < 150 * spent
+    for _ in range(5):
+        stranger.execute(f"NOTIFY {name}".encode())
+        id = talkative.insert("SELECT 1", delete=False)
+        assert talkative.wait(id, timeout=5)["state"] == "DONE"
+
+
+def test_many_tables_that_are_polled_cost_less_than_half_a_core(
+    database: Database, master: Callable[..., Master]
+) -> None:
+    """Each wants to be polled every millisecond, which no process could do."""
+    conninfo = json.dumps(database.conninfo)
+    entry = "[[database]]\nconninfo = {}\ntable = {}\nsleep = 1\nwake = false\n"
+    tables = [f"polled_{n}" for n in range(8)]
+    one = master(config="".join(entry.format(conninfo, json.dumps(table)) for table in tables))
+    before, since, polls = cpu_seconds(one.pid), time.monotonic(), transactions(database)
+    passes(1.5)
+    spent = time.monotonic() - since
+    assert cpu_seconds(one.pid) - before < 0.55 * spent
+    eventually(lambda: transactions(database) - polls > 8 * 5 * spent)
+    for table in tables[::4]:
+        database.table = table
+        assert database.wait(database.insert("SELECT 1", delete=False), timeout=10)["state"] == "DONE"
+
+
+def test_many_groups_with_one_task_each_need_no_more_workers_than_there_may_be(
+    database: Database, master: Callable[..., Master]
+) -> None:
+    one = master("--workers", "4", database.conninfo, tables=1)
+    before = cpu_seconds(one.pid)
+    database.execute(
+        "INSERT INTO task (input, \"group\", delete) SELECT 'SELECT 1', n, false FROM generate_series(1, 200) AS n"
+    )
+    eventually(lambda: database.execute("SELECT count(*) FROM task WHERE state = 'DONE'") == [(200,)], timeout=40)
+    assert len(one.logged("worker_forked")) == 4
+    assert cpu_seconds(one.pid) - before < 200 * 0.006
+
+
+def test_insert_of_many_rows_costs_a_small_multiple_of_a_bare_table(database: Database) -> None:
+    install(database)
+    database.execute("CREATE TABLE bare (LIKE task INCLUDING DEFAULTS INCLUDING IDENTITY, PRIMARY KEY (id))")
+    session = database.connect()
+
+    def cost(table: str) -> float:
+        before = cpu_seconds(session.info.backend_pid)
+        query = f"INSERT INTO {table} (input, \"group\") SELECT 'SELECT 1', n % 100 FROM generate_series(1, 15000) AS n"
+        session.execute(query.encode())
+        return cpu_seconds(session.info.backend_pid) - before
+
+    costs = [(cost("task"), cost("bare")) for _ in range(3)]
+    assert min(task for task, _ in costs) < 3.5 * min(bare for _, bare in costs), costs

@@ -1,0 +1,128 @@
+"""The races that the ASLEEP lock closes, each with the master stopped in the middle of it.
+
+A proxy holds back the one statement that comes next. What is inserted meanwhile must be found, with `safety` an hour
+away.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+from psycopg import sql
+
+from pgtask import embedded
+from tests.fixtures.database import Database
+from tests.fixtures.locks import held, passes
+from tests.fixtures.master import Master
+from tests.fixtures.proxy import Proxy
+from tests.fixtures.server import start_server
+from tests.fixtures.wait import eventually
+
+LOCK = "SELECT pg_try_advisory_lock($1::oid::int, -1)"
+UNLOCK = "SELECT pg_advisory_unlock("
+TAKE = "WITH RECURSIVE instant AS"
+NEXT = "SELECT date_part"
+
+
+@pytest.fixture(scope="module")
+def talkative_server() -> Iterator[embedded.Server]:
+    """A server that logs every statement with who sent it."""
+    with start_server(log_statement="all", log_line_prefix="%a|%d|") as started:
+        yield started
+
+
+@dataclass
+class Stopper:
+    """Holds the master back at a statement of its own: it goes by the name that it was prepared with."""
+
+    database: Database
+    proxy: Proxy
+
+    def stop_before(self, statement: str) -> Callable[[], bool]:
+        """Whether the master has sent it; it does not arrive until `go_on`."""
+        text = self.database.server.log_text()  # type: ignore[union-attr]
+        start = rf"^pgtask master\|{self.database.name}\|LOG:  execute (\w+): {re.escape(statement)}"
+        name = re.findall(start, text, re.MULTILINE)[0]  # of a look: while no worker is busy
+        return self.proxy.trap(name.encode() + b"\0", name="pgtask master", deaf=True).sprung.is_set
+
+    def go_on(self) -> None:
+        self.proxy.hear()
+
+
+@pytest.fixture
+def stopper(
+    talkative_server: embedded.Server,
+    new_database: Callable[..., Database],
+    new_proxy: Callable[..., Proxy],
+    master: Callable[..., Master],
+) -> Stopper:
+    database = new_database(on=talkative_server)
+    proxy = new_proxy(database.tcp)
+    master("--safety", "1h", "--sleep", "1h", proxy.conninfo, tables=1)
+    for n in range(2):  # so that every statement has been prepared
+        database.wait(database.insert("SELECT 1", group=str(n % 2), delete=False))
+        passes(0.1)
+    return Stopper(database, proxy)
+
+
+def wake_and_stop(stopper: Stopper, statement: str) -> None:
+    """By a task that goes on and on: the end of its run would wake the master once more."""
+    there = stopper.stop_before(statement)
+    stopper.database.insert("SELECT pg_advisory_lock(7)", group="wakes it", delete=False)
+    eventually(there)
+
+
+@pytest.mark.parametrize("statement", [LOCK, TAKE, NEXT, UNLOCK])
+def test_insert_that_comes_between_two_steps_of_falling_asleep_or_waking_is_found(
+    stopper: Stopper, statement: str
+) -> None:
+    database = stopper.database
+    with held(database, 7):
+        wake_and_stop(stopper, statement)
+        id = database.insert("SELECT 1", group="in between", delete=False)
+        stopper.go_on()
+        assert database.wait(id, timeout=10)["state"] == "DONE"
+
+
+@pytest.mark.parametrize("statement", [LOCK, TAKE, NEXT])
+def test_plan_that_comes_between_two_steps_of_falling_asleep_is_met(stopper: Stopper, statement: str) -> None:
+    """The next moment is looked for after the instant of the take."""
+    database = stopper.database
+    id = database.insert("SELECT 1", group="planned", plan="2100-01-01", delete=False)
+    passes(0.3)
+    # Without a word to the master.
+    database.execute("ALTER TABLE task DISABLE TRIGGER pgtask_move")
+    with held(database, 7):
+        database.execute("UPDATE task SET plan = clock_timestamp() + interval '1 s' WHERE id = %s", [id])
+        wake_and_stop(stopper, statement)
+        due = "SELECT plan < clock_timestamp() FROM task WHERE id = %s"
+        eventually(lambda: database.execute(due, [id]) == [(True,)])
+        stopper.go_on()
+        assert database.wait(id, timeout=10)["state"] == "DONE"
+
+
+def test_due_row_that_was_locked_while_the_master_went_from_group_to_group_is_found(
+    database: Database, master: Callable[..., Master]
+) -> None:
+    """It is seen in the first portion of a walk that takes more than one, before the master sleeps."""
+    master("--safety", "1h", database.conninfo, tables=1)
+    full = "INSERT INTO task (input, \"group\") SELECT 'SELECT 1', 'full' FROM generate_series(1, 300)"
+    with held(database, 7):
+        database.wait(database.insert("SELECT pg_advisory_lock(7)", group="full"), "WORK")
+        database.execute(full)
+        many = "SELECT 'SELECT 1', n, 'infinity' FROM generate_series(1, 500) AS n"
+        database.execute(f'INSERT INTO task (input, "group", plan) {many}')
+        [(lowest,)] = database.execute(
+            "SELECT n::text FROM generate_series(1000, 3000) AS n"
+            " ORDER BY hashtextextended(n::text, hashtextextended('', 0)) LIMIT 1"
+        )
+        plan = sql.SQL("clock_timestamp() + interval '500 ms'")
+        id = database.insert("SELECT 1", group=lowest, delete=False, plan=plan)
+        with database.connect(autocommit=False) as locking:
+            locking.execute("SELECT FROM task WHERE id = %s FOR UPDATE", [id])
+            passes(0.6)
+            database.execute(full)
+            passes(1)
+        assert database.wait(id, timeout=10)["state"] == "DONE"
+        database.execute("DELETE FROM task WHERE \"group\" = 'full' AND state = 'PLAN'")

@@ -1,0 +1,235 @@
+"""Workers as ps and the server see them: forked on demand, draining, lingering, reused, ended without a trace."""
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from signal import SIGINT
+
+import pytest
+
+from tests.fixtures.database import Database
+from tests.fixtures.master import Master
+from tests.fixtures.processes import descriptors, processes
+from tests.fixtures.wait import eventually
+
+HOLD = 726
+"""The advisory lock that tasks wait for, so that a test says how long they run."""
+
+WAIT = f"SELECT pg_advisory_xact_lock_shared({HOLD})"
+
+
+class Gate:
+    """Tasks whose input is WAIT run until it is opened."""
+
+    def __init__(self, database: Database) -> None:
+        self._session = database.connect()
+        self._session.execute("SELECT pg_advisory_lock(%s)", [HOLD])
+
+    def open(self) -> None:
+        self._session.execute("SELECT pg_advisory_unlock_all()")
+
+
+@pytest.fixture
+def gate(database: Database) -> Iterator[Gate]:
+    made = Gate(database)
+    yield made
+    made.open()
+
+
+def sessions(database: Database) -> list[int]:
+    """The backends of our workers."""
+    query = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND application_name ~ '^pgtask(?! master$| warm$)'"
+    return [row[0] for row in database.admin_execute(query, [database.name])]
+
+
+def warm(database: Database) -> bool:
+    """Does a session wait for a worker?"""
+    query = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND application_name = 'pgtask warm'"
+    return bool(database.admin_execute(query, [database.name]))
+
+
+def test_no_worker_runs_where_nothing_is_due(database: Database, master: Callable[..., Master]) -> None:
+    one = master(database.conninfo)
+    database.insert("SELECT 1", plan="infinity")
+    one.wait_log("leading")
+    assert one.workers() == []
+    eventually(lambda: sessions(database) == [])  # but for one that is being opened ahead of need
+
+
+def test_each_slot_of_a_group_gets_a_worker_of_its_own(
+    database: Database, master: Callable[..., Master], gate: Gate
+) -> None:
+    one = master(database.conninfo)
+    ids = [database.insert(WAIT, group="g", max=2) for _ in range(3)]
+    ids.append(database.insert(WAIT, group="other"))
+    for id in ids:
+        database.wait(id, "WORK")
+    assert len(one.workers()) == 4
+    assert len(set(sessions(database))) == 4
+    gate.open()
+    for id in ids:
+        assert database.wait(id)["state"] == "DONE"
+
+
+def test_worker_drains_its_group_with_one_session(
+    database: Database, master: Callable[..., Master], gate: Gate
+) -> None:
+    one = master(database.conninfo)
+    first = database.insert(WAIT, delete=False)
+    database.wait(first, "WORK")
+    ids = [database.insert("SELECT pg_backend_pid()", delete=False) for _ in range(50)]
+    gate.open()
+    rows = [database.wait(id) for id in [first, *ids]]
+    assert len({row["pid"] for row in rows}) == 1
+    assert {row["output"] for row in rows[1:]} == {str(rows[0]["pid"])}
+    assert [row["start"] for row in rows] == sorted(row["start"] for row in rows)
+    assert len(one.logged("worker_forked")) == 1
+
+
+def test_idle_worker_is_ended_after_linger(database: Database, master: Callable[..., Master]) -> None:
+    one = master("--linger", "300ms", database.conninfo, tables=1)
+    database.wait(database.insert("SELECT 1", delete=False))
+    [worker] = one.workers()
+    eventually(lambda: one.title(worker).endswith(" idle"))
+    [line] = one.wait_log(r"worker_ended .*exit status 0")
+    assert f"worker={worker} " in line
+    assert one.children() == []
+    eventually(lambda: not sessions(database))
+
+
+def test_lingering_worker_is_reused_for_another_group_without_a_fork(
+    database: Database, master: Callable[..., Master]
+) -> None:
+    one = master("--linger", "20s", database.conninfo, tables=1)
+    pids = [database.wait(database.insert("SELECT 1", group=f"group {n}", delete=False))["pid"] for n in range(5)]
+    assert len(set(pids)) == 1
+    assert len(one.logged("worker_forked")) == 1
+
+
+def test_spare_workers_wait_ahead_and_are_replaced(
+    database: Database, master: Callable[..., Master], gate: Gate
+) -> None:
+    one = master("--spare", "2", "--linger", "100ms", database.conninfo, tables=1)
+    eventually(lambda: [one.title(pid).rsplit(" ", 1)[1] for pid in one.workers()] == ["idle"] * 2)
+    spare = sessions(database)
+    id = database.insert(WAIT, delete=False)
+    assert database.wait(id, "WORK")["pid"] in spare
+    eventually(lambda: sorted(one.title(pid).rsplit(" ", 1)[1] for pid in one.workers()) == [str(id), "idle", "idle"])
+    gate.open()
+    database.wait(id)
+    eventually(lambda: len(one.workers()) == 2)
+
+
+def test_spare_workers_give_way_where_others_need_their_places(
+    database: Database, new_database: Callable[..., Database], master: Callable[..., Master]
+) -> None:
+    other = new_database()
+    one = master("--spare", "1", "--workers", "1", database.conninfo, other.conninfo, tables=2)
+    for _ in range(3):
+        for place in (database, other):
+            assert place.wait(place.insert("SELECT 1", delete=False))["state"] == "DONE"
+    assert len(one.logged("worker_forked")) < 30
+
+
+def test_500_workers_leave_no_zombie_no_descriptor_and_no_session(
+    database: Database, master: Callable[..., Master]
+) -> None:
+    one = master("--linger", "0", "--workers", "8", database.conninfo, tables=1)
+    database.wait(database.insert("SELECT 1", delete=False))
+    one.wait_log("worker_ended")
+    eventually(lambda: warm(database))
+    before = descriptors(one.pid)
+    database.execute(
+        "INSERT INTO task (input, \"group\", count, delete) SELECT 'SELECT 1', 'g' || n % 40, 1, false"
+        " FROM generate_series(1, 500) AS n"
+    )
+    eventually(lambda: database.execute("SELECT count(*) FROM task WHERE state = 'DONE'") == [(501,)], timeout=60)
+    forked = one.wait_log("worker_forked", 501)
+    one.wait_log("worker_ended .*exit status 0", len(forked))
+    eventually(lambda: not one.children())
+    assert [p for p in processes() if p.session == one.pid and p.state == "Z"] == []
+    eventually(lambda: not sessions(database))
+    eventually(lambda: warm(database))
+    eventually(lambda: len(descriptors(one.pid)) == len(before), timeout=5)
+
+
+def test_worker_with_too_old_or_too_many_runs_takes_no_more(database: Database, master: Callable[..., Master]) -> None:
+    master(database.conninfo)
+    ids = [database.insert("SELECT 1", count=2, delete=False) for _ in range(6)]
+    pids = [database.wait(id)["pid"] for id in ids]
+    assert all(pids.count(pid) <= 2 for pid in pids)
+
+
+def ps(pids: list[int]) -> dict[int, str]:
+    text = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "-p", ",".join(map(str, pids))], capture_output=True, text=True, check=True
+    ).stdout
+    lines = [line.split(maxsplit=1) for line in text.splitlines()]
+    return {int(pid): title for pid, title in lines}
+
+
+def test_ps_shows_the_master_and_what_each_worker_runs(
+    database: Database, master: Callable[..., Master], gate: Gate
+) -> None:
+    one = master(database.conninfo)
+    eventually(lambda: one.title() == "pgtask: master (1 table, 0 workers)")
+    id = database.insert(WAIT, group="mail")
+    database.wait(id, "WORK")
+    other = database.insert(WAIT, group="other")
+    database.wait(other, "WORK")
+    place = f"pgtask: worker {database.user}@{database.name} public.task"
+    eventually(lambda: sorted(ps(one.workers()).values()) == [f"{place} mail {id}", f"{place} other {other}"])
+    assert ps([one.pid])[one.pid] == "pgtask: master (1 table, 2 workers)"
+    gate.open()
+    database.wait(id)
+    database.wait(other)
+    eventually(lambda: set(ps(one.workers()).values()) == {f"{place} idle"})
+    eventually(lambda: one.title() == "pgtask: master (1 table, 0 workers)")
+
+
+def test_title_names_the_configuration_file(database: Database, master: Callable[..., Master]) -> None:
+    one = master(config=f'[[database]]\nconninfo = "{database.conninfo}"\n')
+    assert one.title().startswith("pgtask: master /")
+    assert one.title().endswith("master0.toml (1 table, 0 workers)")
+
+
+@pytest.mark.parametrize("group", ["two\nlines\tand\x1b[0m", "Пётр 東京", "x" * 5000, " ", "'\";--%s$1\\"])
+def test_odd_group_is_shown_on_one_line_and_runs(
+    database: Database, master: Callable[..., Master], gate: Gate, group: str
+) -> None:
+    one = master(database.conninfo)
+    id = database.insert(WAIT, group=group)
+    database.wait(id, "WORK")
+    [worker] = one.workers()
+    shown = "".join(c if c.isprintable() else " " for c in group)
+    eventually(lambda: shown[:100] in one.title(worker))
+    assert one.title(worker).isprintable()
+    gate.open()
+    assert database.wait(id)["state"] == "DONE"
+
+
+def test_long_and_odd_names_of_schema_and_table_are_shown(database: Database, master: Callable[..., Master]) -> None:
+    schema, table = 's "x" ' + "y" * 50, "t'" + "ü" * 30
+    one = master(f"--schema={schema}", f"--table={table}", database.conninfo, tables=1)
+    database.schema, database.table = schema, table
+    id = database.insert("SELECT pg_sleep(0.5)")
+    database.wait(id, "WORK")
+    [worker] = one.workers()
+    eventually(
+        lambda: one.title(worker) == f"pgtask: worker {database.user}@{database.name} {schema}.{table} group {id}"
+    )
+    database.wait(id)
+
+
+def test_copy_of_much_data_needs_memory_in_proportion_to_its_output(
+    database: Database, master: Callable[..., Master]
+) -> None:
+    one = master("--linger", "60 s", database.conninfo)
+    id = database.insert("COPY (SELECT repeat('x', 99) FROM generate_series(1, 200000)) TO STDOUT", delete=False)
+    [(size,)] = database.execute("SELECT octet_length(output) FROM task WHERE id = %s", [database.wait(id)["id"]])
+    assert size == 20_000_000
+    [worker] = one.workers()
+    [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{worker}/status").read_text())
+    assert int(peak) * 1024 < 60_000_000 + 8 * size
+    one.stop(SIGINT)
