@@ -66,6 +66,7 @@ class TableConfig:
     warm: int
     limit: int
     wake: bool
+    batch_time: timedelta
     crashes: int
     remote_password: bool
     safety: timedelta

@@ -60,7 +60,7 @@ SLOW = 0.02
 CHEAP = 0.001
 """Seconds that a full look for the group's next task may cost without being paced."""
 
-NEXT = ("next", "next_below", "next_after")
+NEXT = ("next", "next_below", "next_after", "next_batch", "next_batch_after")
 """Statements that take the group's next task."""
 
 CLEANUP = ("reset_role", "close", "unlisten", "unlock", "temporary", "sequences", "prepared")
@@ -96,6 +96,7 @@ class Want(NamedTuple):
     lane: int
     slot: int
     below: bool  # rows of a greater max are planned for later
+    batch: int = 1  # how many that share a transaction
     mark: bytes | None = None  # of the settings, when it is time to see whether they have changed
 
 
@@ -136,6 +137,7 @@ class Fresh:
 
     since: bytes  # when its backend started, a timestamptz as text
     limit_ms: int  # its statement_timeout; 0 is none
+    user: bytes  # who logged in
     role: bytes  # its setting of that name
     again: Step  # the statement `ours_again`
     mark: bytes
@@ -150,7 +152,8 @@ class Fresh:
         changed = {name: value for name, value in needed.items() if has[name] != value}
         text = "".join(f", pg_catalog.set_config('{name}', '{value}', true)" for name, value in changed.items())
         again = Step(own_text("ours_again").replace(b"{settings}", text.encode()), (user, role))
-        return cls(since=since, limit_ms=int(limit), role=role, again=again, mark=mark.get_value(0, 0) or b"")
+        mark_text = mark.get_value(0, 0) or b""
+        return cls(since=since, limit_ms=int(limit), user=user, role=role, again=again, mark=mark_text)
 
 
 class Finisher:
@@ -222,8 +225,8 @@ class Finisher:
             notice=ours(outcome.notice),
         )
 
-    def finish(self, task: Task, outcome: Outcome, want: Want) -> Task | None:
-        """Write the outcome, take the group's next task, commit. Returns that task.
+    def finish(self, task: Task, outcome: Outcome, want: Want) -> list[Task]:
+        """Write the outcome, take the group's next task, or several that share a transaction, commit. Returns those.
 
         Raises SessionLost when the session ends; what was not committed then never was.
         """
@@ -234,32 +237,39 @@ class Finisher:
         failures = 0
         while True:
             steps = self._steps(attempt)
-            sent = time.monotonic()
             try:
                 # What the task has deferred to its end may take as long as its timeout allows.
-                patience = None if attempt.inside and not failures else PATIENCE
-                results = self.session.pipeline(steps.steps, timeout=patience)
+                following = self.committed(steps, timeout=None if attempt.inside and not failures else PATIENCE)
             except StatementFailed as failure:
                 failures += 1
-                if steps.names[failure.step] in TIDY:
-                    return self._cleaned(steps, failure)
                 answer = self._failed(attempt, steps.names[failure.step], failure, failures)
                 if answer is None:
-                    return None
+                    return []
                 attempt = answer
                 continue
             if failures > 1:
                 log.info("finish_recovered", id=task.id, tries=failures + 1)
-            following = self._settled(steps, results)
-            if following is None and time.monotonic() - sent > SLOW:
-                self._pace.looked(time.monotonic() - sent)
             return following
 
-    def _cleaned(self, steps: Steps, failure: StatementFailed) -> Task | None:
-        """The run is committed, and somebody's cancel has hit the clean-up, say: once more."""
-        self._say_unclean(steps, failure)
-        self.clean()
-        return self._next(steps, failure.before)
+    def committed(self, steps: Steps, *, timeout: float | None) -> list[Task]:
+        """Send what finishes runs, commits and cleans up. Returns the tasks that were taken.
+
+        Raises StatementFailed when it is not committed, SessionLost when nobody knows.
+        """
+        sent = time.monotonic()
+        try:
+            results = self.session.pipeline(steps.steps, timeout=timeout)
+        except StatementFailed as failure:
+            if steps.names[failure.step] not in TIDY:
+                raise
+            # Somebody's cancel has hit the clean-up, say: once more.
+            self._say_unclean(steps, failure)
+            self.clean()
+            return self._next(steps, failure.before)
+        following = self._settled(steps, results)
+        if not following and time.monotonic() - sent > SLOW:
+            self._pace.looked(time.monotonic() - sent)
+        return following
 
     def columns(self) -> bytes | None:
         """What the next row of a repeated task copies, as the table is now. Raises SessionLost if it cannot be read."""
@@ -320,7 +330,7 @@ class Finisher:
             steps.own("rollback")
             if not save:
                 steps.sync()
-                self._tidy_up(steps)
+                self.tidy_up(steps)
             try:
                 self._settled(steps, self.session.pipeline(steps.steps, timeout=PATIENCE))
             except StatementFailed as failure:
@@ -342,7 +352,7 @@ class Finisher:
             self.task(steps, name, *params)
             steps.own("commit")
             steps.sync()
-            self._tidy_up(steps)
+            self.tidy_up(steps)
             try:
                 self._settled(steps, self.session.pipeline(steps.steps, timeout=PATIENCE))
                 return
@@ -372,21 +382,27 @@ class Finisher:
             self._add_repeat(steps, attempt)
         if attempt.refused is not None:
             self.task(steps, "refused", task.id, task.attempt, attempt.refused)
-        if attempt.want.next and task.max >= 0:
-            want = attempt.want
-            if want.mark is not None:
-                self.task(steps, "fresh", want.mark)
-            self._take_next(steps, task, want)
+        self.add_next(steps, task, attempt.want)
         steps.own("commit")
         steps.sync()
         if not task.save:
-            self._tidy_up(steps)
+            self.tidy_up(steps)
         return steps
 
-    def _take_next(self, steps: Steps, task: Task, want: Want) -> None:
+    def add_next(self, steps: Steps, task: Task, want: Want) -> None:
+        """Add what takes the next of the group, after this task."""
+        if not want.next or task.max < 0:
+            return
+        if want.mark is not None:
+            self.task(steps, "fresh", want.mark)
         who = (self.fresh.since, task.group, task.remote or b"", want.runs, want.age, want.term, want.lane, want.slot)
-        if not self._pace.ready:
-            self.task(steps, "next_after", *who, task.max, task.plan, task.id)
+        place = (task.max, task.plan, task.id)
+        if want.batch > 1 and self._pace.ready:
+            self.task(steps, "next_batch", *who, want.batch)
+        elif want.batch > 1:
+            self.task(steps, "next_batch_after", *who, want.batch, *place)
+        elif not self._pace.ready:
+            self.task(steps, "next_after", *who, *place)
         elif want.below:
             self.task(steps, "next_below", *who)
         else:
@@ -398,14 +414,15 @@ class Finisher:
             copied = attempt.copied.decode(self._codec, self._errors)
             steps.add("repeat", Step(self.encode(self._store.repeat(copied)), (_param(attempt.task.id),)))
 
-    def _tidy_up(self, steps: Steps) -> None:
+    def tidy_up(self, steps: Steps) -> None:
+        """Add what makes the session like a new one, and asks what else it takes."""
         steps.own("close", "unlisten", "sequences")
         if self._temporary:
             steps.own("temporary")
         steps.add("leftovers", Step(own_text("leftovers"), (self.fresh.role,)))
 
-    def _settled(self, steps: Steps, results: Sequence[PGresult]) -> Task | None:
-        """After the commit: drop what the task has left behind, and read the next task."""
+    def _settled(self, steps: Steps, results: Sequence[PGresult]) -> list[Task]:
+        """After the commit: drop what the task has left behind, and read the next tasks."""
         if steps.names[-1] == "leftovers":
             role, temporary, prepared = (results[-1].get_value(0, column) == b"t" for column in (1, 2, 3))
             if role or prepared or temporary > self._temporary:
@@ -413,13 +430,21 @@ class Finisher:
             self._temporary = temporary
         return self._next(steps, results)
 
-    def _next(self, steps: Steps, results: Sequence[PGresult]) -> Task | None:
+    def _next(self, steps: Steps, results: Sequence[PGresult]) -> list[Task]:
         for name, result in zip(steps.names, results, strict=False):
             if name in NEXT and result.ntuples:
-                if name != "next_after":
-                    self._pace.looked(float(result.get_value(0, result.nfields - 1) or 0))
-                return Task.read(result)
-        return None
+                if not name.endswith("_after"):
+                    self._pace.looked(float(result.get_value(0, result.nfields - 1) or 0) / result.ntuples)
+                rows = list(range(result.ntuples))
+                if len(rows) > 1:  # in the order of their numbers
+                    rows.sort(key=lambda row: int(result.get_value(row, result.nfields - 2) or 0))
+                return [Task.read(result, row) for row in rows]
+        return []
+
+    def add_turn(self, steps: Steps, task: Task) -> None:
+        """Add the settings of a run that is not the first since its row was taken."""
+        group = (b"%d" % task.id, task.group, self.encode(self._store.schema), self.encode(self._store.table))
+        steps.add("turn", Step(own_text("turn"), (*group, task.name, self.fresh.user, self.fresh.role)))
 
     def _failed(self, attempt: "_Attempt", name: str, failure: StatementFailed, failures: int) -> "_Attempt | None":
         """What to try after `name` failed; None when the row is not ours any more."""

@@ -100,6 +100,12 @@ COLUMNS: tuple[Column, ...] = (
     _null("output", "text", "What the run said."),
     _null("remote", "text", "Conninfo of another database to run on."),
     _setting("atomic", "boolean", "Run and finish in one transaction wherever the input allows it."),
+    _setting(
+        "batch",
+        "integer",
+        "How many short tasks of the group may share one transaction and its commit; 1: none.",
+        "batch BETWEEN 1 AND 50",
+    ),
     Column(name="attempt", type="integer", default="0", doc="Runs begun so far.", check="attempt >= 0"),
     _null("code", "text", "SQLSTATE of the error."),
     _null("notice", "text", "Notices and warnings that the run raised."),

@@ -345,6 +345,7 @@ class Poller:
             encoding=encoding,
             store=self._store,
             remote_password=self.config.remote_password,
+            batch_time=self.config.batch_time.total_seconds(),
         )
 
     def _keep_warm(self) -> None:

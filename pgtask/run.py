@@ -166,6 +166,17 @@ def execute(
     """
     transcript = Transcript(session=session, format=format, skip=1 if prefix else 0, shift=len(prefix))
     session.on_notice = transcript.notice
+    try:
+        session.query(prefix + sql, transcript.add, transcript.copy, watcher(session, limits, tick))
+        if limits.tries:
+            session.settle()
+    finally:
+        session.on_notice = None
+    return transcript.outcome()
+
+
+def watcher(session: Session, limits: Limits, tick: Callable[[], None]) -> Callable[[], float | None]:
+    """What is to be done before each wait of a run: cancels it when its limits say so. Answers with seconds to wait."""
 
     def watch() -> float | None:
         tick()
@@ -178,13 +189,7 @@ def execute(
         moments = [limits.next_try] if limits.cancelled else [limits.deadline] if limits.deadline else []
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
-    try:
-        session.query(prefix + sql, transcript.add, transcript.copy, watch)
-        if limits.tries:
-            session.settle()
-    finally:
-        session.on_notice = None
-    return transcript.outcome()
+    return watch
 
 
 def read_error(result: pq.abc.PGresult, shift: int = 0) -> Error:

@@ -80,6 +80,7 @@ class Session:
         self._listening = False  # only a running query is interrupted by what the master says
         self.felled = False  # the server ended it because another session's backend had crashed
         self.on_notice: Callable[[pq.abc.PGresult], None] | None = None
+        self._results: list[pq.abc.PGresult] = []
         pgconn.notice_handler = self._notice
 
     @classmethod
@@ -167,8 +168,15 @@ class Session:
             self._listening = False
         self._alive()
 
-    def pipeline(self, steps: Sequence[Step], *, timeout: float | None = None) -> list[pq.abc.PGresult]:
-        """Run statements in one round trip and return a result for each but SYNC.
+    @property
+    def answered(self) -> int:
+        """How many steps of the pipeline that is being read have been answered."""
+        return len(self._results)
+
+    def pipeline(
+        self, steps: Sequence[Step], *, timeout: float | None = None, tick: Callable[[], float | None] | None = None
+    ) -> list[pq.abc.PGresult]:
+        """Run statements in one round trip and return a result for each but SYNC; `tick` as for `query`.
 
         Raises StatementFailed for the first that fails, after the whole pipeline was read, and SessionLost when
         the server does not answer for `timeout` seconds.
@@ -178,7 +186,7 @@ class Session:
         except OperationalError as error:
             raise SessionLost(_words(self.pgconn)) from error
         deadline = None if timeout is None else time.monotonic() + timeout
-        return self._pipeline_results(waiting, lambda: _left(deadline))
+        return self._pipeline_results(waiting, tick or (lambda: _left(deadline)))
 
     def send_pipeline(self, steps: Sequence[Step]) -> list[bytes | None]:
         """Queue the statements; for each answer to come: the text that was prepared, b"" a run, None a sync."""
@@ -211,7 +219,7 @@ class Session:
     def _pipeline_results(
         self, waiting: Sequence[bytes | None], tick: Callable[[], float | None]
     ) -> list[pq.abc.PGresult]:
-        results: list[pq.abc.PGresult] = []
+        results = self._results = []
         failed: StatementFailed | None = None
         get = self.pgconn.get_result
         self._flush(tick)

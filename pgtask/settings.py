@@ -309,6 +309,14 @@ SETTINGS: tuple[Setting, ...] = (
         True,
         "Whether inserts wake the poller by NOTIFY. False only polls, for users of PREPARE TRANSACTION.",
     ),
+    _duration(
+        "database",
+        "batch_time",
+        timedelta(milliseconds=10),
+        MS,
+        "ms",
+        "How long tasks that share a commit may wait for it; a bare number is in milliseconds.",
+    ),
     _int("database", "crashes", 3, 0, INT32, "How many times a run may be lost in a crash before its task fails."),
     _bool("database", "remote_password", True, "Whether a task's remote conninfo must carry its own password."),
     _duration(
@@ -363,6 +371,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(name="null", kind="text", default="\\N", level="task", about="How a null is written."),
     _bool("task", "atomic", True, "Whether to run and finish in one transaction wherever the input allows it."),
+    _int("task", "batch", 1, 1, 50, "How many short tasks of the group may share one transaction and its commit."),
 )
 
 

@@ -28,7 +28,8 @@ def statements(subject: str) -> Mapping[str, str]:
 class Task(NamedTuple):
     """A row as a worker runs it. Texts are bytes in the server's encoding.
 
-    `repeated`: it may have a next row, for which `copied` must be known.
+    `repeated`: it may have a next row, for which `copied` must be known. `batch`: how many may share its transaction,
+    1 where it must run by itself. `name`: what its session is called meanwhile.
     """
 
     id: int
@@ -44,15 +45,15 @@ class Task(NamedTuple):
     atomic: bool
     repeated: bool
     format: Format
+    batch: int
+    name: bytes
     copied: bytes | None = None
 
     @classmethod
-    def read(cls, result: pq.abc.PGresult) -> "Task | None":
-        """The row that `begin` or `next` returned, None if there was none."""
-        if not result.ntuples:
-            return None
+    def read(cls, result: pq.abc.PGresult, row: int = 0) -> "Task":
+        """A row that `begin`, or one of the statements that take the next, returned."""
         get = result.get_value
-        id, attempt, group, remote, input, timeout, max, plan, *rest = [get(0, column) for column in range(18)]
+        id, attempt, group, remote, input, timeout, max, plan, *rest = [get(row, column) for column in range(25)]
         assert id and attempt and timeout and max and plan and group is not None and input is not None
         delete, save, atomic, repeated = [value == b"t" for value in rest[:4]]
         return cls(
@@ -68,7 +69,9 @@ class Task(NamedTuple):
             save=save,
             atomic=atomic,
             repeated=repeated,
-            format=_format(*rest[4:]),
+            format=_format(*rest[4:10]),
+            batch=int(rest[10] or 1),
+            name=rest[16] or b"",
         )
 
 

@@ -1,8 +1,8 @@
 """A worker: a forked process with one session, that runs the tasks of a group one after another.
 
 Plain synchronous code: take what the master assigns, begin it, run it, finish it and take the group's next one in
-the same transaction, until there is none; then say "idle" and wait for the master's word or its end. It always waits
-on the session, the master and the deadline together. A worker never ends because it is idle: only the master ends it,
+the same transaction (or several next ones, which share one: shared.py), until there is none; then say "idle" and wait
+for the master's word or its end. It always waits on the session, the master and the deadline together. A worker never ends because it is idle: only the master ends it,
 by closing its end of the channel, so that an expiry cannot race with an assignment. If the master is gone, the run in
 hand is finished and recorded first.
 
@@ -13,7 +13,9 @@ import hashlib
 import re
 import signal
 import time
+from collections import deque
 from dataclasses import dataclass
+from itertools import takewhile
 
 from psycopg import OperationalError
 
@@ -25,6 +27,7 @@ from pgtask.process import DOUBT, Cancel, Channel, Idle, Lost, Opened, Room, Run
 from pgtask.remote import Remote
 from pgtask.run import PREFIX, Limits, Outcome, execute, transcode
 from pgtask.session import Session, SessionLost, StatementFailed, Step
+from pgtask.shared import Shared, Unshared, admits
 from pgtask.store import Store, Task
 
 ALONE = re.compile(
@@ -54,19 +57,29 @@ SOON, BELOW = 0.02, 1.0
 """A worker that gets a task of its group within so many seconds after it has found none looks below what is planned for
 later, for so many seconds."""
 
+WEIGHT = 0.3
+"""Of the last run, in how long the next one is expected to take."""
+
+SHORTEST = 0.00005
+"""Seconds that a run takes at least."""
+
 DETOURS = 1000
-"""How many inputs are remembered that must run without the prefix."""
+"""How many inputs are remembered that must run without the prefix, or alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What a worker is forked with: its table, `conninfo` to it, and what ps calls it ("app@billing public.task")."""
+    """What a worker is forked with: its table, `conninfo` to it, and what ps calls it ("app@billing public.task").
+
+    `batch_time`: seconds.
+    """
 
     conninfo: str
     label: str
     encoding: str
     store: Store
     remote_password: bool
+    batch_time: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,13 +108,18 @@ class Worker:
         self.term = 0
         self.lane = self.slot = 0  # where we run: the group's key, and the number of the slot that is ours
         self.idle_at = self.below_until = 0.0
-        self.task: Task | None = None
+        self.hand: deque[Task] = deque()  # rows that are ours and to be run next
+        self.task: Task | None = None  # the run that is going on by itself
+        self.named = 0  # the id whose settings the session has
+        self.stopped: set[int] = set()  # of those in hand: stopped or deleted meanwhile
+        self.each = 0.0  # seconds that a run is expected to take
         self.limits = Limits()
         self.assigned = run
         self.room = False  # others wait: take nothing more after this run
         self.leaving = False  # take nothing more at all
         self.interrupted = False  # cancel the run in hand and give it back
-        self.detours: set[bytes] = set()
+        self.detours: set[bytes] = set()  # inputs that must run without the prefix
+        self.loners: set[bytes] = set()  # inputs that cannot share a transaction
         self.vain = 0  # assignments in a row that could not be begun
         self.refusal = ""  # why the last begin failed, "" when it did not
         self.remote = Remote(self.watch, spec.encoding, password=spec.remote_password)
@@ -184,10 +202,14 @@ class Worker:
     def _serve(self) -> None:
         while (run := self._await_run()) is not None:
             self._enter(run)
-            self.task = self._begin(run)
-            begun = self.task is not None
-            while self.task is not None:
-                self.task = self._run(self.task)
+            first = self._begin(run)
+            begun = first is not None
+            if first is not None:
+                self.hand.append(first)
+                self.named = first.id
+            while self.hand:
+                self._go_on()
+            self.stopped.clear()
             self.idle_at = time.monotonic()
             if not self.leaving:
                 self.room = False
@@ -232,6 +254,8 @@ class Worker:
                 case Cancel(id=id, back=back):
                     if self.task is not None and id in (None, self.task.id):
                         self.limits.cancelled = "back" if back else "stop"
+                    elif id is not None:
+                        self.stopped.add(id)
                     if id is None:
                         self.leaving = True
         if self.channel.closed:
@@ -279,7 +303,8 @@ class Worker:
                 if pause is not None:
                     time.sleep(pause)
                 continue
-            task = Task.read(results[steps.names.index("begin")])
+            begun = results[steps.names.index("begin")]
+            task = Task.read(begun) if begun.ntuples else None
             if task is not None and self.refusal:
                 log.info("begin_recovered", id=run.id, table=self.spec.label)
                 self.refusal = ""
@@ -294,8 +319,70 @@ class Worker:
             log.warning("begin_failed", id=run.id, table=self.spec.label, code=failure.code, error=error)
             self.refusal = failure.code
 
-    def _run(self, task: Task) -> Task | None:
-        """Run one task to its end. Returns the group's next one, already ours."""
+    def _go_on(self) -> None:
+        """Run what comes first in hand: together with others, or by itself."""
+        if self.leaving and len(self.hand) > 1:
+            while self.hand:
+                self.finisher.give_back(self.hand.popleft())
+        elif len(together := list(takewhile(self._admits, self.hand))) > 1:
+            self._run_together(together)
+        else:
+            self.task = self.hand.popleft()
+            self.hand += self._run(self.task)
+            self.task = None
+
+    def _admits(self, task: Task) -> bool:
+        if not admits(task, self.spec.batch_time) or task.id in self.stopped:
+            return False
+        return not self.loners or _digest(task) not in self.loners
+
+    def _run_together(self, tasks: list[Task]) -> None:
+        """Run the first of those in hand in one transaction; whom it does not come to, stays."""
+        self._title(f"{_readable(tasks[0].group, self.spec.encoding)} {tasks[0].id} and {len(tasks) - 1} more")
+        self.finisher.owner = self.session.pid
+        started = time.monotonic()
+        shared = Shared(
+            self.session, self.finisher, seconds=self.spec.batch_time, each=max(self.each, SHORTEST), tick=self._tick
+        )
+        self.limits = shared.limits
+        try:
+            shared.run(tasks)
+            ended = len(shared.ends)
+            self._took((time.monotonic() - started) / max(1, ended + shared.apart))
+            self.runs += ended
+            self._look()
+            if ended:
+                following = shared.finish(self._want(also=len(self.hand) > ended, batch=shared.ends[-1].task.batch))
+            else:
+                self.finisher.rewind(save=False)
+                following = []
+        except Unshared as why:
+            log.debug("batch_undone", table=self.spec.label, ids=[task.id for task in tasks], why=str(why))
+            self.finisher.rewind(save=False)
+            self.hand = deque(task._replace(batch=1) for task in self.hand)
+            return
+        for end in shared.ends:
+            task = self.hand.popleft()
+            log.debug("ran", id=task.id, ok=end.outcome.ok, code=end.outcome.code, together=ended)
+        self.named = following[-1].id if following else 0
+        if shared.apart:
+            if shared.never:
+                _remember(self.hand[0], self.loners)
+            self.hand[0] = self.hand[0]._replace(batch=1)
+        self.hand += following
+
+    def _took(self, seconds: float) -> None:
+        self.each += WEIGHT * (seconds - self.each)
+
+    def _run(self, task: Task) -> list[Task]:
+        """Run one task to its end. Returns the group's next ones, already ours."""
+        if task.id in self.stopped:
+            self.finisher.note_stop(task, None)
+            return []
+        if self.named != task.id:
+            steps = Steps()
+            self.finisher.add_turn(steps, task)
+            self.session.pipeline(steps.steps, timeout=PATIENCE)
         started = time.monotonic()
         self.runs += 1
         self._title(f"{_readable(task.group, self.spec.encoding)} {task.id}")
@@ -305,34 +392,41 @@ class Worker:
         if task.repeated:
             task = task._replace(copied=self.finisher.columns())
         outcome = self._execute_or_bury(task)
+        self._took(time.monotonic() - started)
         self._look()
         following = self._end(task, outcome)
+        self.named = following[-1].id if following else 0
         log.debug("ran", id=task.id, ok=outcome.ok, code=outcome.code, ms=round((time.monotonic() - started) * 1000, 3))
         return following
 
-    def _end(self, task: Task, outcome: Outcome) -> Task | None:
+    def _end(self, task: Task, outcome: Outcome) -> list[Task]:
         cancelled = self.limits.cancelled
         if cancelled == "stop":
             self.finisher.note_stop(task, outcome)
-            return None
+            return []
         if cancelled == "back" and outcome.code == "57014":
             self.finisher.give_back(task)
-            return None
+            return []
         if cancelled == "timeout" and outcome.code == "57014":
             outcome = _timed_out(task, outcome)
+        return self.finisher.finish(task, outcome, self._want(also=bool(self.hand), batch=task.batch))
+
+    def _want(self, *, also: bool, batch: int) -> Want:
+        """What of the group is wanted: nothing while there are others in hand `also`, at most `batch` together."""
         want = Want(
-            next=not (self.room or self.leaving),
+            next=not (self.room or self.leaving or also),
             runs=self.runs,
             age=time.monotonic() - self.born,
             term=self.term,
             lane=self.lane,
             slot=self.slot,
             below=time.monotonic() < self.below_until,
+            batch=min(batch, max(1, int(self.spec.batch_time / max(self.each, SHORTEST)))),
             mark=self.finisher.fresh.mark if time.monotonic() - self.marked_at > OUTDATED else None,
         )
         if want.mark is not None:
             self.marked_at = time.monotonic()
-        return self.finisher.finish(task, outcome, want)
+        return want
 
     def _execute_or_bury(self, task: Task) -> Outcome:
         """Run the input; where no cancel request helped, over the dead body of its backend."""
@@ -342,6 +436,7 @@ class Worker:
             if not self.limits.buried:
                 raise
             message = str(lost).encode()
+        self.hand.clear()  # they belonged to that backend, and are rescued
         self.session.close()
         owner = self.finisher.owner
         self._open()
@@ -369,9 +464,7 @@ class Worker:
         outcome = self._send(task, PREFIX)
         if outcome.code not in ("25001", "2D000") or outcome.committed or self.limits.cancelled:
             return outcome
-        if len(self.detours) >= DETOURS:
-            self.detours.clear()
-        self.detours.add(_digest(task))
+        _remember(task, self.detours)
         self.finisher.rewind(save=task.save)
         self._limit(task)
         return self._send(task, b"")
@@ -418,6 +511,12 @@ def _timed_out(task: Task, outcome: Outcome) -> Outcome:
         context=outcome.errors[0].context,
     )
     return Outcome(output=outcome.output, errors=(error,), notice=outcome.notice, encoding=outcome.encoding)
+
+
+def _remember(task: Task, inputs: set[bytes]) -> None:
+    if len(inputs) >= DETOURS:
+        inputs.clear()
+    inputs.add(_digest(task))
 
 
 def _digest(task: Task) -> bytes:

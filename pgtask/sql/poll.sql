@@ -219,10 +219,11 @@ WHERE a.pid <> pg_backend_pid();
 
 -- name: unread — sessions of workers that have something to do, but whose server has said all it had to say and waits for
 -- them, and since when; a remote task is run elsewhere meanwhile. $1 the backends of our busy workers
-SELECT a.pid, t.id, a.state_change::text
+SELECT a.pid, min(t.id), a.state_change::text
 FROM pg_stat_get_activity(NULL) AS a
 LEFT JOIN {task} AS t ON t.state = 'WORK' AND t.pid = a.pid
-WHERE a.pid = ANY ($1::int[]) AND a.state LIKE 'idle%' AND t.remote IS NULL;
+WHERE a.pid = ANY ($1::int[]) AND a.state LIKE 'idle%' AND t.remote IS NULL
+GROUP BY a.pid, a.state_change;
 
 -- name: unheard — rows of our busy workers that were stopped while nobody listened. $1 the workers' backends
 SELECT t.id FROM {task} AS t WHERE t.state = 'STOP' AND t.stop IS NULL AND t.pid = ANY ($1::int[]);
@@ -273,11 +274,14 @@ WHERE t.state = 'STOP' AND t.stop IS NULL AND t.pid IS NOT NULL
         WHERE a.pid = t.pid AND (a.backend_start <= t.start OR a.backend_start IS NULL)
     );
 
--- name: rescue — rows whose owner is gone go back to PLAN; a run lost more than $1 times is FAIL.
+-- name: rescue — rows whose owner is gone go back to PLAN; a run lost more than $1 times is FAIL. Of those that shared a
+-- transaction nobody knows which was its end: none counts as lost, and each runs by itself the next time.
 -- $2 backends of dead workers, $3 what is known of each one's end, $4 those that a stop killed: their
 -- runs never were, $5 those felled by a crash of the server that was not theirs: no run of theirs counts as lost
 WITH lost AS MATERIALIZED (
-    SELECT t.id, t.state = 'WORK' AND t.pid <> ALL ($4::int[] || $5::int[]) AS ran,
+    SELECT t.id, t.state = 'WORK' AND t.pid <> ALL ($4::int[] || $5::int[]) AND NOT (t.batch > 1 AND EXISTS (
+            SELECT FROM {task} AS o WHERE o.state = 'WORK' AND o.pid = t.pid AND o.id <> t.id
+        )) AS ran,
         CASE WHEN t.error LIKE 'LOST:  %' THEN (length(t.error) - length(replace(t.error, 'LOST:  ', ''))) / 7 ELSE 0 END + 1 AS times,
         coalesce(CASE WHEN t.error LIKE 'LOST:  %' THEN t.error || chr(10) END, '')
             || 'LOST:  run ' || t.attempt || ' of ' || coalesce(t.start, clock_timestamp()) || ': '

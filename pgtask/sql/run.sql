@@ -76,6 +76,53 @@ WITH first AS MATERIALIZED (
 )
 {next};
 
+-- name: next_batch — the group's first rows, for one transaction that they share: at most $9
+WITH due AS MATERIALIZED (
+    SELECT t.id, t.max, t.plan, t.batch, {admitted} AS admitted, {shares} AND t.attempt = 0 AS shares
+    FROM {task} AS t
+    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {floor} AND {serving}
+    ORDER BY t.max DESC, t.plan, t.id
+    LIMIT $9::int
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+{together};
+
+-- name: next_batch_after — the same as a quick look: after the finished row, whose $10 max, $11 plan and $12 id were
+WITH due AS MATERIALIZED (
+    SELECT t.id, t.max, t.plan, t.batch, {admitted} AS admitted, {shares} AND t.attempt = 0 AS shares
+    FROM {task} AS t
+    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max = $10::int AND t.max >= $8::int
+        AND (t.plan, t.id) >= ($11::timestamptz, $12::bigint) AND {serving}
+    ORDER BY t.plan, t.id
+    LIMIT $9::int
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+{together};
+
+-- name: finish_all — the ends of runs that share a transaction; divides by zero, and so undoes it, unless each row is
+-- still its run's. $1 backend, $2 how many, and of each: $3 id, $4 attempt, $5 state, $6 start, $7 stop (null: now), $8 output,
+-- $9 error, $10 code, $11 notice
+WITH done AS (
+    UPDATE {task} AS t
+    SET state = r.state::{state}, start = r.start, stop = coalesce(r.stop, clock_timestamp()),
+        output = r.output, error = r.error, code = r.code, notice = r.notice
+    FROM unnest($3::bigint[], $4::int[], $5::text[], $6::timestamptz[], $7::timestamptz[], $8::text[], $9::text[],
+        $10::text[], $11::text[]) AS r (id, attempt, state, start, stop, output, error, code, notice)
+    WHERE t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int
+    RETURNING t.id
+)
+SELECT 1 / (count(*) = $2::int)::int FROM done;
+
+-- name: remove_all — the same for tasks that said nothing and are to be deleted. $1 backend, $2 how many, and of each:
+-- $3 id, $4 attempt
+WITH done AS (
+    DELETE FROM {task} AS t
+    USING unnest($3::bigint[], $4::int[]) AS r (id, attempt)
+    WHERE t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int
+    RETURNING t.id
+)
+SELECT 1 / (count(*) = $2::int)::int FROM done;
+
 -- name: finish — the run's end; divides by zero, and so undoes the transaction, unless the row is still this run's.
 -- $1 id, $2 attempt, $3 state, $4 output, $5 error, $6 code, $7 notice, $8 backend
 WITH done AS (

@@ -6,6 +6,12 @@ SET CONSTRAINTS ALL IMMEDIATE;
 -- name: savepoint — from here on the transaction's statements are ours
 SAVEPOINT pgtask;
 
+-- name: begin — a transaction that tasks share, of the kind that their role has as default
+BEGIN;
+
+-- name: release — the savepoint's work stays
+RELEASE SAVEPOINT pgtask;
+
 -- name: rollback_to — undo our statements, keep the task's work
 ROLLBACK TO SAVEPOINT pgtask;
 
@@ -63,6 +69,17 @@ SELECT
     pg_catalog.set_config('synchronous_commit', CASE
         WHEN pg_catalog.current_setting('synchronous_commit') OPERATOR(pg_catalog.=) ANY ('{off,local}'::pg_catalog.text[]) THEN 'on'
         ELSE pg_catalog.current_setting('synchronous_commit') END, true){settings};
+
+-- name: turn — the settings of a run that shares its transaction, and its beginning, as text that every DateStyle reads:
+-- divides by zero where the one before has changed the user or the role. $1 id, $2 group, $3 schema, $4 table, $5 the
+-- application_name, $6 the user who logged in, $7 the role that a new session has
+SELECT
+    1 OPERATOR(pg_catalog./) (SESSION_USER::pg_catalog.text OPERATOR(pg_catalog.=) $6::pg_catalog.text
+        AND pg_catalog.current_setting('role') OPERATOR(pg_catalog.=) $7::pg_catalog.text)::pg_catalog.int4,
+    pg_catalog.set_config('pg_task.id', $1, false), pg_catalog.set_config('pg_task.group', $2, false),
+    pg_catalog.set_config('pg_task.schema', $3, false), pg_catalog.set_config('pg_task.table', $4, false),
+    pg_catalog.set_config('application_name', $5, false),
+    pg_catalog.to_jsonb(pg_catalog.clock_timestamp()) OPERATOR(pg_catalog.#>>) '{}';
 
 -- name: timeout — the server ends the statement by itself; a smaller limit of the role's wins. $1 milliseconds
 SELECT pg_catalog.set_config('statement_timeout', $1, false);

@@ -19,6 +19,11 @@ hashtextextended(t."group", hashtextextended(coalesce(t.remote, ''), 0))
         AND a.attname <> ALL (ARRAY['id', 'parent', 'plan', 'first', 'start', 'stop', 'pid', 'state', 'attempt',
             'error', 'code', 'notice', 'output']))
 
+-- name: shares — may the row run in one transaction with others? Not if it was begun before: it may be what killed the
+-- session of them all
+(t.batch > 1 AND t.atomic AND NOT t.save AND t.remote IS NULL AND t.max >= 0 AND t.repeat = interval '0'
+        AND t.count = 0 AND t.live = interval '0')
+
 -- name: row — what a worker needs of a row, in the order of Task.read (store.py), and whether it is ours: divides by zero
 -- if a user's trigger has made another's of it, since its end could not be written. On the way the run's own settings
 -- are made
@@ -27,6 +32,7 @@ t.id, t.attempt, t."group", t.remote, t.input,
         ELSE greatest(1, least(2147483647, ceil(date_part('epoch', t.timeout) * 1000)))::int END AS timeout_ms,
     t.max, to_jsonb(t.plan) #>> '{}' AS plan, t."delete", t.save, t.atomic, t.repeat <> interval '0' AS repeated,
     t.header, t.string, t.delimiter, t.escape, t.quote, t."null",
+    CASE WHEN {shares} AND t.attempt = 1 THEN t.batch ELSE 1 END AS batch,
     1 / (t.state = 'WORK' AND t.pid = pg_backend_pid())::int,
     set_config('pg_task.id', t.id::text, false), set_config('pg_task.group', t."group", false),
     set_config('pg_task.schema', {schema_text}, false), set_config('pg_task.table', {table_text}, false),
@@ -43,8 +49,11 @@ current_setting('transaction_isolation') = 'read committed'
         AND EXISTS (SELECT FROM {master} AS m WHERE m.term = $6)
 
 -- name: floor — the least max that a row in our slot may have: the slot's number ($8), and how many others of the group
--- ($7 its key) run
-greatest($8::int, (SELECT count(*) FROM {task} AS t WHERE t.state IN ('TAKE', 'WORK') AND {lane} = $7::bigint))
+-- ($7 its key) run; those that share a transaction run one after another
+greatest($8::int, (
+            SELECT count(DISTINCT CASE WHEN t.batch > 1 AND t.state = 'WORK' THEN t.pid ELSE -t.id END)
+            FROM {task} AS t WHERE t.state IN ('TAKE', 'WORK') AND {lane} = $7::bigint
+        ))
 
 -- name: admitted — may this worker run the row? $2 group, $3 remote or '', $4 its runs so far, $5 its age in seconds
 t."group" = $2 AND coalesce(t.remote, '') = $3 AND t.plan <= statement_timestamp()
@@ -59,3 +68,17 @@ UPDATE {task} AS t
 FROM first AS f
 WHERE t.id = f.id AND f.admitted
 RETURNING {row}, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
+
+-- name: together — the same for rows that will share a transaction, of `due`, the first ones of the group: as many as each
+-- of them allows, in their order, up to the first that may not share; that one only if it is the very first
+, numbered AS MATERIALIZED (
+    SELECT d.id, d.admitted, row_number() OVER line AS number,
+        bool_and(d.admitted AND d.shares) OVER line AS shares, min(d.batch) OVER line AS batch
+    FROM due AS d
+    WINDOW line AS (ORDER BY d.max DESC, d.plan, d.id)
+)
+UPDATE {task} AS t
+{begin}
+FROM numbered AS n
+WHERE t.id = n.id AND (n.number = 1 AND n.admitted OR n.shares AND n.number <= n.batch)
+RETURNING {row}, n.number, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost

@@ -16,6 +16,7 @@ LAYERS = (
     {"mender", "warm"},
     {"pool", "maintenance", "async_session", "outage"},
     {"worker"},
+    {"shared"},
     {"finish", "remote", "schema"},
     {"objects", "run"},
     {"store"},
