@@ -312,9 +312,10 @@ class Finisher:
     def _say_unclean(self, steps: Steps, failure: StatementFailed) -> None:
         log.warning("cleanup_failed", step=steps.names[failure.step], code=failure.code, error=str(failure))
 
-    def give_back(self, task: Task) -> None:
-        """Return an interrupted run to PLAN; its work is undone and it costs nothing."""
-        self._aside("back", task.id, task.attempt, self.owner)
+    def give_back(self, *tasks: Task) -> None:
+        """Return a run that was interrupted, or not begun, to PLAN; its work is undone and it costs nothing."""
+        columns = zip(*((b"%d" % task.id, b"%d" % task.attempt) for task in tasks), strict=True)
+        self._aside("back", self.owner, *map(array, columns))
 
     def note_stop(self, task: Task, outcome: Outcome | None) -> None:
         """The row was stopped, deleted or taken away while it ran: undo its work, and say when it ended."""
@@ -440,6 +441,16 @@ class Finisher:
                     rows.sort(key=lambda row: int(result.get_value(row, result.nfields - 2) or 0))
                 return [Task.read(result, row) for row in rows]
         return []
+
+    def resume(self, task: Task) -> Task | None:
+        """Begin the run of a row that was taken together with others by itself. None when it is ours no more."""
+        steps = Steps()
+        steps.own("open")
+        self.ours(steps, clean=False)
+        self.task(steps, "resume", self.fresh.since, task.id, task.attempt)
+        steps.own("commit")
+        result = self.session.pipeline(steps.steps, timeout=PATIENCE)[-2]
+        return Task.read(result) if result.ntuples else None
 
     def add_turn(self, steps: Steps, task: Task) -> None:
         """Add the settings of a run that is not the first since its row was taken."""
@@ -607,6 +618,13 @@ def _too_long(outcome: Outcome) -> Outcome:
     size = len(outcome.output or b"")
     error = Error(message=b"output of %d bytes is longer than a value may be" % size, code=b"54000")
     return outcome._replace(output=None, errors=(*outcome.errors, error))
+
+
+def array(values: Sequence[bytes | None]) -> bytes:
+    """The literal of an array of texts, which may be empty or null. Every server encoding is ASCII-safe."""
+    return b"{%s}" % b",".join(
+        b"NULL" if value is None else b'"%s"' % value.replace(b"\\", b"\\\\").replace(b'"', b'\\"') for value in values
+    )
 
 
 def _param(value: object) -> bytes | None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from psycopg import pq
 
-from pgtask.finish import PATIENCE, Finisher, Steps, Verdict, Want
+from pgtask.finish import PATIENCE, Finisher, Steps, Verdict, Want, array
 from pgtask.run import Limits, Outcome, Transcript, execute, watcher
 from pgtask.session import Session, StatementFailed, Step
 from pgtask.store import Task
@@ -118,10 +118,10 @@ class Shared:
         kept = [(end, verdict) for end, verdict in written if not _silent(end.task, verdict)]
         if kept:
             columns = zip(*(_columns(end, verdict) for end, verdict in kept), strict=True)
-            finisher.task(steps, "finish_all", finisher.owner, len(kept), *map(_array, columns))
+            finisher.task(steps, "finish_all", finisher.owner, len(kept), *map(array, columns))
         if removed:
             columns = zip(*((b"%d" % task.id, b"%d" % task.attempt) for task in removed), strict=True)
-            finisher.task(steps, "remove_all", finisher.owner, len(removed), *map(_array, columns))
+            finisher.task(steps, "remove_all", finisher.owner, len(removed), *map(array, columns))
         finisher.add_next(steps, self.ends[-1].task, want)
         steps.own("commit")
         steps.sync()
@@ -234,10 +234,3 @@ def _columns(end: End, verdict: Verdict) -> tuple[bytes | None, ...]:
     """As finish_all takes them."""
     key = b"%d" % end.task.id, b"%d" % end.task.attempt, verdict.state.encode()
     return *key, end.start, end.stop, verdict.output, verdict.error, verdict.code, verdict.notice
-
-
-def _array(values: Sequence[bytes | None]) -> bytes:
-    """As an array's literal. Every server encoding is ASCII-safe."""
-    return b"{%s}" % b",".join(
-        b"NULL" if value is None else b'"%s"' % value.replace(b"\\", b"\\\\").replace(b'"', b'\\"') for value in values
-    )

@@ -2,9 +2,9 @@
 
 Plain synchronous code: take what the master assigns, begin it, run it, finish it and take the group's next one in
 the same transaction (or several next ones, which share one: shared.py), until there is none; then say "idle" and wait
-for the master's word or its end. It always waits on the session, the master and the deadline together. A worker never ends because it is idle: only the master ends it,
-by closing its end of the channel, so that an expiry cannot race with an assignment. If the master is gone, the run in
-hand is finished and recorded first.
+for the master's word or its end. It always waits on the session, the master and the deadline together. A worker never
+ends because it is idle: only the master ends it, by closing its end of the channel, so that an expiry cannot race with
+an assignment. If the master is gone, the run in hand is finished and recorded first.
 
 Exit status: 0 done, 1 the session was lost or could not be opened; anything else is a crash.
 """
@@ -111,7 +111,6 @@ class Worker:
         self.hand: deque[Task] = deque()  # rows that are ours and to be run next
         self.task: Task | None = None  # the run that is going on by itself
         self.named = 0  # the id whose settings the session has
-        self.stopped: set[int] = set()  # of those in hand: stopped or deleted meanwhile
         self.each = 0.0  # seconds that a run is expected to take
         self.limits = Limits()
         self.assigned = run
@@ -209,7 +208,6 @@ class Worker:
                 self.named = first.id
             while self.hand:
                 self._go_on()
-            self.stopped.clear()
             self.idle_at = time.monotonic()
             if not self.leaving:
                 self.room = False
@@ -254,8 +252,6 @@ class Worker:
                 case Cancel(id=id, back=back):
                     if self.task is not None and id in (None, self.task.id):
                         self.limits.cancelled = "back" if back else "stop"
-                    elif id is not None:
-                        self.stopped.add(id)
                     if id is None:
                         self.leaving = True
         if self.channel.closed:
@@ -322,19 +318,34 @@ class Worker:
     def _go_on(self) -> None:
         """Run what comes first in hand: together with others, or by itself."""
         if self.leaving and len(self.hand) > 1:
-            while self.hand:
-                self.finisher.give_back(self.hand.popleft())
+            self._keep(0)
         elif len(together := list(takewhile(self._admits, self.hand))) > 1:
             self._run_together(together)
         else:
-            self.task = self.hand.popleft()
-            self.hand += self._run(self.task)
-            self.task = None
+            if self.each > self.spec.batch_time:
+                self._keep(1)
+            task: Task | None = self.hand.popleft()
+            if task is not None and task.id != self.named:
+                task = self._resume(task)
+            if task is not None:
+                self.hand += self._run(task)
+
+    def _keep(self, count: int) -> None:
+        """Give the others in hand back: they would wait for the end of a long run, which others need not."""
+        rest = list(self.hand)[count:]
+        if rest:
+            self.finisher.give_back(*rest)
+            self.hand = deque(list(self.hand)[:count])
+
+    def _resume(self, task: Task) -> Task | None:
+        """The next in hand, by itself, if nobody has stopped or deleted it while others ran."""
+        resumed = self.finisher.resume(task)
+        if resumed is None:
+            self.finisher.note_stop(task, None)
+        return resumed
 
     def _admits(self, task: Task) -> bool:
-        if not admits(task, self.spec.batch_time) or task.id in self.stopped:
-            return False
-        return not self.loners or _digest(task) not in self.loners
+        return admits(task, self.spec.batch_time) and not (self.loners and _digest(task) in self.loners)
 
     def _run_together(self, tasks: list[Task]) -> None:
         """Run the first of those in hand in one transaction; whom it does not come to, stays."""
@@ -369,6 +380,8 @@ class Worker:
             if shared.never:
                 _remember(self.hand[0], self.loners)
             self.hand[0] = self.hand[0]._replace(batch=1)
+            if shared.limits.cancelled:
+                self._keep(1)
         self.hand += following
 
     def _took(self, seconds: float) -> None:
@@ -376,13 +389,7 @@ class Worker:
 
     def _run(self, task: Task) -> list[Task]:
         """Run one task to its end. Returns the group's next ones, already ours."""
-        if task.id in self.stopped:
-            self.finisher.note_stop(task, None)
-            return []
-        if self.named != task.id:
-            steps = Steps()
-            self.finisher.add_turn(steps, task)
-            self.session.pipeline(steps.steps, timeout=PATIENCE)
+        self.task = task
         started = time.monotonic()
         self.runs += 1
         self._title(f"{_readable(task.group, self.spec.encoding)} {task.id}")
@@ -395,6 +402,7 @@ class Worker:
         self._took(time.monotonic() - started)
         self._look()
         following = self._end(task, outcome)
+        self.task = None
         self.named = following[-1].id if following else 0
         log.debug("ran", id=task.id, ok=outcome.ok, code=outcome.code, ms=round((time.monotonic() - started) * 1000, 3))
         return following

@@ -10,6 +10,13 @@ WHERE t.id = $2 AND t.state::text = 'TAKE' AND t.pid = $3 AND t.attempt = $4
     AND EXISTS (SELECT FROM {master} AS m WHERE m.term = $5) AND $6 = {mark}
 RETURNING {row};
 
+-- name: resume — the run of a row that was taken together with others begins by itself. $1 when our backend started,
+-- $2 id, $3 attempt
+UPDATE {task} AS t
+SET start = greatest(clock_timestamp(), $1::timestamptz)
+WHERE t.id = $2 AND t.attempt = $3 AND t.state::text = 'WORK' AND t.pid = pg_backend_pid()
+RETURNING {row};
+
 -- name: mark — of the settings that a new session of ours would have
 SELECT {mark};
 
@@ -151,10 +158,12 @@ SELECT pg_terminate_backend($1);
 SELECT t.state FROM {task} AS t
 WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'WORK' AND t.pid = $3;
 
--- name: back — a run interrupted by a stop of the master costs nothing. $1 id, $2 attempt, $3 backend
+-- name: back — a run interrupted by a stop of the master, or not begun at all, costs nothing. $1 backend, and of each:
+-- $2 id, $3 attempt
 UPDATE {task} AS t
 SET state = 'PLAN', pid = NULL, start = NULL, stop = NULL, attempt = t.attempt - 1
-WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'WORK' AND t.pid = $3;
+FROM unnest($2::bigint[], $3::int[]) AS r (id, attempt)
+WHERE t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int;
 
 -- name: stopped — say when a run that somebody stopped really ended. $1 id, $2 attempt, $3 backend, $4 error
 UPDATE {task} AS t
