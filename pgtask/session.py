@@ -77,7 +77,7 @@ class Session:
         self._prepared = 0
         # A task may prepare statements too: its names must not meet ours.
         self._token = secrets.token_hex(4).encode()
-        self._listening = False  # only a running query is interrupted by what the master says
+        self._listening = False  # only what has a `tick` is interrupted by what the master says
         self.felled = False  # the server ended it because another session's backend had crashed
         self.on_notice: Callable[[pq.abc.PGresult], None] | None = None
         self._results: list[pq.abc.PGresult] = []
@@ -185,8 +185,14 @@ class Session:
             waiting = self.send_pipeline(steps)
         except OperationalError as error:
             raise SessionLost(_words(self.pgconn)) from error
-        deadline = None if timeout is None else time.monotonic() + timeout
-        return self._pipeline_results(waiting, tick or (lambda: _left(deadline)))
+        if tick is None:
+            deadline = None if timeout is None else time.monotonic() + timeout
+            return self._pipeline_results(waiting, lambda: _left(deadline))
+        self._listening = True
+        try:
+            return self._pipeline_results(waiting, tick)
+        finally:
+            self._listening = False
 
     def send_pipeline(self, steps: Sequence[Step]) -> list[bytes | None]:
         """Queue the statements; for each answer to come: the text that was prepared, b"" a run, None a sync."""

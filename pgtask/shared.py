@@ -93,7 +93,7 @@ class Shared:
         """Run the first of the tasks, in their order. Raises Unshared, SessionLost."""
         left = deque(tasks)
         try:
-            while left and not self.apart and (not self.ends or time.monotonic() < self._until):
+            while left and not self.apart and not self.limits.cancelled and time.monotonic() < self._until:
                 wave = self._wave(left)
                 ended = self._send(wave) if _way(wave[0].input) == "pipeline" else self._query(wave[0])
                 for _ in range(ended):

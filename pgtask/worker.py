@@ -109,7 +109,7 @@ class Worker:
         self.lane = self.slot = 0  # where we run: the group's key, and the number of the slot that is ours
         self.idle_at = self.below_until = 0.0
         self.hand: deque[Task] = deque()  # rows that are ours and to be run next
-        self.task: Task | None = None  # the run that is going on by itself
+        self.running: frozenset[int] = frozenset()  # ids of the run that is going on, or of those that share
         self.named = 0  # the id whose settings the session has
         self.each = 0.0  # seconds that a run is expected to take
         self.limits = Limits()
@@ -250,13 +250,13 @@ class Worker:
                 case Room():
                     self.room = True
                 case Cancel(id=id, back=back):
-                    if self.task is not None and id in (None, self.task.id):
+                    if self.running and (id is None or id in self.running):
                         self.limits.cancelled = "back" if back else "stop"
                     if id is None:
                         self.leaving = True
         if self.channel.closed:
             self.leaving = True
-        if self.interrupted and self.task is not None and not self.limits.cancelled:
+        if self.interrupted and self.running and not self.limits.cancelled:
             self.limits.cancelled = "back"
 
     def _begin(self, run: Run) -> Task | None:
@@ -317,7 +317,7 @@ class Worker:
 
     def _go_on(self) -> None:
         """Run what comes first in hand: together with others, or by itself."""
-        if self.leaving and len(self.hand) > 1:
+        if self.leaving and (len(self.hand) > 1 or self.hand[0].id != self.named):
             self._keep(0)
         elif len(together := list(takewhile(self._admits, self.hand))) > 1:
             self._run_together(together)
@@ -356,8 +356,10 @@ class Worker:
             self.session, self.finisher, seconds=self.spec.batch_time, each=max(self.each, SHORTEST), tick=self._tick
         )
         self.limits = shared.limits
+        self.running = frozenset(task.id for task in tasks)
         try:
             shared.run(tasks)
+            self.running = frozenset()
             ended = len(shared.ends)
             self._took((time.monotonic() - started) / max(1, ended + shared.apart))
             self.runs += ended
@@ -369,6 +371,7 @@ class Worker:
                 following = []
         except Unshared as why:
             log.debug("batch_undone", table=self.spec.label, ids=[task.id for task in tasks], why=str(why))
+            self.running = frozenset()
             self.finisher.rewind(save=False)
             self.hand = deque(task._replace(batch=1) for task in self.hand)
             return
@@ -389,7 +392,7 @@ class Worker:
 
     def _run(self, task: Task) -> list[Task]:
         """Run one task to its end. Returns the group's next ones, already ours."""
-        self.task = task
+        self.running = frozenset((task.id,))
         started = time.monotonic()
         self.runs += 1
         self._title(f"{_readable(task.group, self.spec.encoding)} {task.id}")
@@ -402,7 +405,7 @@ class Worker:
         self._took(time.monotonic() - started)
         self._look()
         following = self._end(task, outcome)
-        self.task = None
+        self.running = frozenset()
         self.named = following[-1].id if following else 0
         log.debug("ran", id=task.id, ok=outcome.ok, code=outcome.code, ms=round((time.monotonic() - started) * 1000, 3))
         return following
@@ -498,7 +501,7 @@ class Worker:
 
     def _terminate(self) -> None:
         """Cancel requests have no effect: end our own backend over a second session; this one is then lost."""
-        log.warning("run_ignores_cancel", id=self.task.id if self.task else None, backend=self.session.pid)
+        log.warning("run_ignores_cancel", id=min(self.running), backend=self.session.pid)
         self.limits.buried = True
         other = Session.open(self.spec.conninfo, self.watch, timeout=5.0, stop=lambda: False)
         try:

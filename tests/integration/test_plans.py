@@ -40,6 +40,7 @@ STATEMENTS = (
     "take",
     "next",
     "next_below",
+    "next_batch",
     "next_plan",
     "expire",
     "foreign",
@@ -48,8 +49,13 @@ STATEMENTS = (
     "unheard",
     "owned",
     "owners",
+    "resume",
+    "back",
+    "finish",
+    "finish_all",
+    "remove_all",
 )
-QUICK = ("take", "next_after", "next_plan", "expire", "owned", "owners")
+QUICK = ("take", "next_after", "next_batch_after", "next_plan", "expire", "owned", "owners", "finish_all", "back")
 
 
 class Table:
@@ -62,6 +68,9 @@ class Table:
         database.execute("ALTER TABLE task DISABLE TRIGGER USER")
         database.execute("UPDATE task_master SET term = 1")
         database.execute(INSERT + "VALUES (now(), 'full', 0, 'SELECT 1', 'WORK')")
+        database.execute(INSERT + "SELECT now(), 'run', 0, 'SELECT 1', 'WORK' FROM generate_series(1, 10)")
+        database.execute("UPDATE task SET pid = 1, attempt = 1, batch = 50")
+        self.runs = database.execute("SELECT array_agg(id), array_agg(attempt) FROM task WHERE \"group\" = 'run'")[0]
         database.execute(
             INSERT + "SELECT now(), 'g' || mod(n, 10), 0, 'SELECT 1', 'PLAN' FROM generate_series(1, 50) AS n"
         )
@@ -81,6 +90,8 @@ class Table:
             "take": (10, [], 200, None, [full], "-infinity", None, *((*place, "now") if quick else (*BEGINNING, None))),
             "next": who,
             "next_below": who,
+            "next_batch": (*who, 50),
+            "next_batch_after": (*who, 50, max, *place),
             "next_after": (*who, max, *place),
             "next_plan": ("now",),
             "expire": (1000, *(place if quick else BEGINNING)),
@@ -89,6 +100,11 @@ class Table:
             "rescue_stopped": (),
             "unheard": ([1],),
             "owned": (1, 0, 1),
+            "resume": ("-infinity", 1, 0),
+            "back": (1, *self.runs),
+            "finish": (self.runs[0][0], 1, "DONE", "1", None, None, None, 1),
+            "finish_all": (1, 10, *self.runs, ["DONE"] * 10, *([now] * 10 for now in ("now", "now", "1", "", "", ""))),
+            "remove_all": (1, 10, *self.runs),
             "owners": ([1],),
         }
         return known[name]
