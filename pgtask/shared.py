@@ -15,7 +15,8 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import takewhile
+from enum import Enum
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 from psycopg import pq
@@ -51,6 +52,24 @@ MOST = 1 << 28
 """Bytes of output that are written together."""
 
 
+class Way(Enum):
+    """How an input goes down that shares its transaction: with others in one pipeline, as a query, or not at all."""
+
+    PIPELINE = "pipeline"
+    QUERY = "query"
+    ALONE = "alone"
+
+
+def way(input: bytes) -> Way:
+    """The quickest that can by no means end the transaction."""
+    one = ONE.match(input) is not None and not ENCODING.search(input)
+    if one and b";" not in input.rstrip(b"; \t\r\n"):
+        return Way.PIPELINE
+    if ENDING.search(input):
+        return Way.PIPELINE if one else Way.ALONE
+    return Way.QUERY
+
+
 class Unshared(Exception):
     """Nothing of the transaction may stay."""
 
@@ -66,7 +85,7 @@ class End(NamedTuple):
 
 def admits(task: Task, seconds: float) -> bool:
     """May the task share a transaction that takes so many seconds?"""
-    return task.batch > 1 and _way(task.input) is not None and not 0 < task.timeout_ms <= GRACE * seconds * 1000
+    return task.batch > 1 and way(task.input) is not Way.ALONE and not 0 < task.timeout_ms <= GRACE * seconds * 1000
 
 
 class Shared:
@@ -95,7 +114,7 @@ class Shared:
         try:
             while left and not self.apart and not self.limits.cancelled and time.monotonic() < self._until:
                 wave = self._wave(left)
-                ended = self._send(wave) if _way(wave[0].input) == "pipeline" else self._query(wave[0])
+                ended = self._send(wave) if way(wave[0].input) is Way.PIPELINE else self._query(wave[0])
                 for _ in range(ended):
                     left.popleft()
             if self.limits.tries:
@@ -131,12 +150,10 @@ class Shared:
         except StatementFailed as failure:
             raise Unshared(f"{steps.names[failure.step]}: {failure}") from failure
 
-    def _wave(self, left: Sequence[Task]) -> list[Task]:
+    def _wave(self, left: deque[Task]) -> list[Task]:
         """Tasks that go down together: as many as should end in time."""
-        if _way(left[0].input) != "pipeline":
-            return [left[0]]
         room = max(1, int((self._until - time.monotonic()) / self._each))
-        return [task for task, _ in zip(takewhile(_fits_pipeline, left), range(room), strict=False)]
+        return list(takewhile(lambda task: way(task.input) is Way.PIPELINE, islice(left, room))) or [left[0]]
 
     def _steps(self) -> Steps:
         steps = Steps()
@@ -209,20 +226,6 @@ class Shared:
         if self.ends and self.ends[-1].stop is None:
             self.ends[-1] = self.ends[-1]._replace(stop=start)
         self.ends.append(End(task, outcome, start))
-
-
-def _way(input: bytes) -> str | None:
-    """How an input is sent that shares its transaction: "pipeline", "query", or None where it cannot."""
-    one = ONE.match(input) is not None and not ENCODING.search(input)
-    if one and b";" not in input.rstrip(b"; \t\r\n"):
-        return "pipeline"
-    if ENDING.search(input):
-        return "pipeline" if one else None
-    return "query"
-
-
-def _fits_pipeline(task: Task) -> bool:
-    return _way(task.input) == "pipeline"
 
 
 def _silent(task: Task, verdict: Verdict) -> bool:

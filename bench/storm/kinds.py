@@ -98,13 +98,17 @@ def pick(chance: Random) -> Kind:
 
 
 def columns(kind: Kind, chance: Random, remote: str) -> dict[str, object]:
-    """What the row says beside its input: a group, in two of eight of which three may run at once, and a time."""
+    """What the row says beside its input: a group, in two of eight of which three may run at once, and in half of which
+    short ones share a commit, and a time.
+    """
     number = chance.randrange(GROUPS)
     values: dict[str, object] = {"group": f"group {number}"}
     if number < 2:
         values["max"] = 2
     elif number == 2:
         values["max"] = -2
+    if number % 2:
+        values["batch"] = 20
     if chance.random() < 0.1:
         values["plan_in"] = chance.random()
     if kind.promise is Promise.REMOTE:

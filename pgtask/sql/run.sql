@@ -158,12 +158,17 @@ SELECT pg_terminate_backend($1);
 SELECT t.state FROM {task} AS t
 WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'WORK' AND t.pid = $3;
 
--- name: back — a run interrupted by a stop of the master, or not begun at all, costs nothing. $1 backend, and of each:
--- $2 id, $3 attempt
+-- name: back — a run interrupted by a stop of the master, or not begun at all, costs nothing; one that was stopped meanwhile
+-- has ended. $1 backend, and of each: $2 id, $3 attempt
 UPDATE {task} AS t
-SET state = 'PLAN', pid = NULL, start = NULL, stop = NULL, attempt = t.attempt - 1
+SET state = CASE t.state WHEN 'WORK' THEN 'PLAN' ELSE t.state END,
+    pid = CASE t.state WHEN 'WORK' THEN NULL ELSE t.pid END,
+    start = CASE t.state WHEN 'WORK' THEN NULL ELSE t.start END,
+    stop = CASE t.state WHEN 'WORK' THEN NULL ELSE clock_timestamp() END,
+    attempt = t.attempt - CASE t.state WHEN 'WORK' THEN 1 ELSE 0 END
 FROM unnest($2::bigint[], $3::int[]) AS r (id, attempt)
-WHERE t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int;
+WHERE t.id = r.id AND t.attempt = r.attempt AND t.pid = $1::int
+    AND (t.state::text = 'WORK' OR t.state::text = 'STOP' AND t.stop IS NULL);
 
 -- name: stopped — say when a run that somebody stopped really ended. $1 id, $2 attempt, $3 backend, $4 error
 UPDATE {task} AS t
