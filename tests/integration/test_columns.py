@@ -53,6 +53,7 @@ LIKE: dict[str, tuple[str, bool, str | None]] = {
     "remote": ("text", True, None),
     # what pg_task does not have
     "atomic": ("boolean", False, "true"),
+    "batch": ("integer", False, "1"),
     "attempt": ("integer", False, "0"),
     "code": ("text", True, None),
     "notice": ("text", True, None),
@@ -76,6 +77,7 @@ SETTINGS = {
     "group": "my group",
     "null": "nothing",
     "atomic": "false",
+    "batch": "12",
 }
 """The columns whose defaults are settings, each with a value that is not the built-in one."""
 

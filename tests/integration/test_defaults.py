@@ -56,6 +56,7 @@ CASES = {
     "group": of("group", "configured", "data base", "ro'le", "se\\ssion", "größe"),
     "null": of("\\N", "NULL", "~", "'", "n/a", ""),
     "atomic": flag("true"),
+    "batch": of("1", "2", "3", "4", "5", "50"),
 }
 
 
