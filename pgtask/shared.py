@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 from psycopg import pq
 
-from pgtask.finish import PATIENCE, Finisher, Steps, Verdict, Want, array
+from pgtask.finish import Finisher, Verdict, Want
+from pgtask.ours import PATIENCE, Ours, Steps, array
 from pgtask.run import Limits, Outcome, Transcript, execute, watcher
-from pgtask.session import Session, StatementFailed, Step
+from pgtask.session import StatementFailed, Step
 from pgtask.store import Task
 
 ONE = re.compile(rb"\s*(SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE|CALL|DO)\b", re.IGNORECASE)
@@ -95,16 +96,16 @@ class Shared:
     """
 
     def __init__(
-        self, session: Session, finisher: Finisher, *, seconds: float, each: float, tick: Callable[[], None]
+        self, ours: Ours, finisher: Finisher, *, seconds: float, each: float, tick: Callable[[], None]
     ) -> None:
         self.ends: list[End] = []
         self.apart = self.never = False
         """Must the first task that has not ended run by itself? Has its input never to be shared?"""
         self.limits = Limits(deadline=time.monotonic() + GRACE * seconds)
-        self._session, self._finisher = session, finisher
+        self._session, self._ours, self._finisher = ours.session, ours, finisher
         self._until = time.monotonic() + seconds
         self._each = each
-        self._watch = watcher(session, self.limits, tick)
+        self._watch = watcher(ours.session, self.limits, tick)
         self._tick = tick
         self._before = "begin"  # what the next pipeline has to say first
 
@@ -131,20 +132,19 @@ class Shared:
         finisher = self._finisher
         steps = self._steps()
         steps.own("reset", "constraints")
-        steps.add("ours", finisher.fresh.again)
+        steps.add("ours", self._ours.fresh.again)
         written = [(end, finisher.verdict(end.task, end.outcome)) for end in self.ends]
         removed = [end.task for end, verdict in written if _silent(end.task, verdict)]
         kept = [(end, verdict) for end, verdict in written if not _silent(end.task, verdict)]
         if kept:
             columns = zip(*(_columns(end, verdict) for end, verdict in kept), strict=True)
-            finisher.task(steps, "finish_all", finisher.owner, len(kept), *map(array, columns))
+            self._ours.task(steps, "finish_all", finisher.owner, len(kept), *map(array, columns))
         if removed:
             columns = zip(*((b"%d" % task.id, b"%d" % task.attempt) for task in removed), strict=True)
-            finisher.task(steps, "remove_all", finisher.owner, len(removed), *map(array, columns))
+            self._ours.task(steps, "remove_all", finisher.owner, len(removed), *map(array, columns))
         finisher.add_next(steps, self.ends[-1].task, want)
         steps.own("commit")
-        steps.sync()
-        finisher.tidy_up(steps)
+        self._ours.tidy_up(steps)
         try:
             return finisher.committed(steps, timeout=PATIENCE)
         except StatementFailed as failure:
@@ -164,7 +164,7 @@ class Shared:
 
     def _add_turn(self, steps: Steps, task: Task) -> None:
         steps.own("savepoint", "reset")
-        self._finisher.add_turn(steps, task)
+        self._ours.turn(steps, task)
 
     def _send(self, wave: Sequence[Task]) -> int:
         """Run them in one pipeline, until one fails. Returns how many have ended."""

@@ -121,10 +121,6 @@ class Store:
         values = re.sub(r'("(?:[^"]|"")+"|[^, ]+)(?=, |$)', r"t.\1", copied)
         return self.text("repeat", columns=copied, values=values)
 
-    def copied(self) -> str:
-        """A query for `Task.copied`, as the table is now."""
-        return "SELECT " + self._words["copied"]
-
     def _fill(self, text: str, **more: str) -> str:
         words = {**self._words, **more}
         return re.sub(r"\{(\w+)\}", lambda match: words.get(match[1], match[0]), text)

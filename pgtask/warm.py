@@ -21,7 +21,7 @@ from psycopg import OperationalError, pq
 
 from pgtask import log
 from pgtask.async_session import event_or_timeout
-from pgtask.finish import Finisher, Fresh, Steps, own_text
+from pgtask.ours import Fresh, Ours, Steps, own_text
 from pgtask.session import Session, Step
 from pgtask.worker import OPEN_TIMEOUT, Ready, Spec
 
@@ -168,30 +168,30 @@ async def _connected(conninfo: str) -> pq.abc.PGconn:
 
 
 async def _asked(session: Session, spec: Spec, mark: bytes | None) -> Ready:
-    finisher = Finisher(session, spec.store, spec.encoding, lambda: False)
-    steps = finisher.questions()
+    ours = Ours(session, spec.store, spec.encoding)
+    steps = ours.questions()
     fresh = Fresh.read(steps, await _pipeline(session, steps.steps), spec.encoding)
     if fresh.mark == mark:
-        await _rehearse(session, finisher, spec)
+        await _rehearse(session, ours, spec)
         await _pipeline(session, [Step(own_text("warm"))])
     return Ready(session=session, fresh=fresh)
 
 
-async def _rehearse(session: Session, finisher: Finisher, spec: Spec) -> None:
+async def _rehearse(session: Session, ours: Ours, spec: Spec) -> None:
     """Have the server plan what the worker will say: a new session takes longer to learn of a table than to write it.
 
     EXPLAIN, since a statement of ours that finds no row would fire the user's statement triggers.
     """
-    texts = [finisher.encode(spec.store.text(name)) for name in REHEARSED]
-    await _pipeline(session, _ours(finisher, [Step(text, only_prepare=True) for text in texts]))
-    await _pipeline(session, _ours(finisher, [_explain(session, text) for text in texts]))
+    texts = [ours.encode(spec.store.text(name)) for name in REHEARSED]
+    await _pipeline(session, _in_ours(ours, [Step(text, only_prepare=True) for text in texts]))
+    await _pipeline(session, _in_ours(ours, [_explain(session, text) for text in texts]))
 
 
-def _ours(finisher: Finisher, inner: Sequence[Step]) -> Sequence[Step]:
+def _in_ours(ours: Ours, inner: Sequence[Step]) -> Sequence[Step]:
     """In a transaction like the worker's."""
     steps = Steps()
     steps.own("open")
-    finisher.ours(steps, clean=False)
+    ours.add(steps, clean=False)
     steps.steps += inner
     steps.own("commit")
     return steps.steps

@@ -21,7 +21,8 @@ from psycopg import OperationalError
 
 from pgtask import log
 from pgtask.errors import LOST, OK
-from pgtask.finish import PATIENCE, Finisher, Fresh, Steps, Want, own_text
+from pgtask.finish import Finisher, Want
+from pgtask.ours import PATIENCE, Fresh, Ours, Steps, own_text
 from pgtask.output import Error
 from pgtask.process import DOUBT, Cancel, Channel, Idle, Lost, Opened, Room, Run, Watch, set_title, unblock
 from pgtask.remote import Remote
@@ -167,20 +168,18 @@ class Worker:
         session = Session.open(
             self.spec.conninfo, self.watch, timeout=OPEN_TIMEOUT, stop=lambda: self.leaving or self.channel.closed
         )
-        steps = self._finisher(session).questions()
+        steps = Ours(session, self.spec.store, self.spec.encoding).questions()
         results = session.pipeline(steps.steps, timeout=PATIENCE)
         self._use(Ready(session=session, fresh=Fresh.read(steps, results, self.spec.encoding)))
-        self.channel.send(Opened(pid=session.pid, since=self.finisher.fresh.since.decode()))
+        self.channel.send(Opened(pid=session.pid, since=self.ours.fresh.since.decode()))
 
     def _use(self, ready: Ready) -> None:
         self.session = ready.session
-        self.finisher = self._finisher(ready.session)
-        self.finisher.fresh = ready.fresh
+        self.ours = Ours(ready.session, self.spec.store, self.spec.encoding)
+        self.ours.fresh = ready.fresh
+        self.finisher = Finisher(self.ours, self._wants_to_leave)
         self.marked_at = time.monotonic()
         self.limited = False
-
-    def _finisher(self, session: Session) -> Finisher:
-        return Finisher(session, self.spec.store, self.spec.encoding, self._wants_to_leave)
 
     def _wants_to_leave(self) -> bool:
         self._look()
@@ -188,15 +187,7 @@ class Worker:
 
     def _settings_mark(self) -> bytes:
         """What tells the settings that a new session would have from those of another time."""
-        steps = Steps()
-        if not self.session.idle:
-            steps.own("rollback")
-        steps.own("open")
-        self.finisher.ours(steps, clean=False)
-        self.finisher.task(steps, "mark")
-        steps.own("commit")
-        results = self.session.pipeline(steps.steps, timeout=PATIENCE)
-        return results[steps.names.index("mark")].get_value(0, 0) or b""
+        return self.ours.transaction("mark").get_value(0, 0) or b""
 
     def _serve(self) -> None:
         while (run := self._await_run()) is not None:
@@ -273,7 +264,7 @@ class Worker:
 
     def _begin_anew(self, run: Run) -> Task | None:
         """A session older than an ALTER ROLE or ALTER DATABASE ... SET begins nothing: another one in its place."""
-        if self._settings_mark() == self.finisher.fresh.mark:
+        if self._settings_mark() == self.ours.fresh.mark:
             return None
         log.debug("session_outdated", table=self.spec.label, backend=self.session.pid)
         self.session.close()
@@ -286,9 +277,9 @@ class Worker:
             if not self.session.idle:
                 steps.own("rollback")
             steps.own("open")
-            self.finisher.ours(steps, clean=False)
-            begin = (self.finisher.fresh.since, run.id, run.taker, run.attempt, run.term, self.finisher.fresh.mark)
-            self.finisher.task(steps, "begin", *begin)
+            self.ours.add(steps, clean=False)
+            begin = (self.ours.fresh.since, run.id, run.taker, run.attempt, run.term, self.ours.fresh.mark)
+            self.ours.task(steps, "begin", *begin)
             steps.own("commit")
             try:
                 results = self.session.pipeline(steps.steps, timeout=PATIENCE)
@@ -353,7 +344,7 @@ class Worker:
         self.finisher.owner = self.session.pid
         started = time.monotonic()
         shared = Shared(
-            self.session, self.finisher, seconds=self.spec.batch_time, each=max(self.each, SHORTEST), tick=self._tick
+            self.ours, self.finisher, seconds=self.spec.batch_time, each=max(self.each, SHORTEST), tick=self._tick
         )
         self.limits = shared.limits
         self.running = frozenset(task.id for task in tasks)
@@ -367,12 +358,12 @@ class Worker:
             if ended:
                 following = shared.finish(self._want(also=len(self.hand) > ended, batch=shared.ends[-1].task.batch))
             else:
-                self.finisher.rewind(save=False)
+                self.ours.rewind(save=False)
                 following = []
         except Unshared as why:
             log.debug("batch_undone", table=self.spec.label, ids=[task.id for task in tasks], why=str(why))
             self.running = frozenset()
-            self.finisher.rewind(save=False)
+            self.ours.rewind(save=False)
             self.hand = deque(task._replace(batch=1) for task in self.hand)
             return
         for end in shared.ends:
@@ -433,7 +424,7 @@ class Worker:
             slot=self.slot,
             below=time.monotonic() < self.below_until,
             batch=min(batch, max(1, int(self.spec.batch_time / max(self.each, SHORTEST)))),
-            mark=self.finisher.fresh.mark if time.monotonic() - self.marked_at > OUTDATED else None,
+            mark=self.ours.fresh.mark if time.monotonic() - self.marked_at > OUTDATED else None,
         )
         if want.mark is not None:
             self.marked_at = time.monotonic()
@@ -460,7 +451,7 @@ class Worker:
         """A row is written for a terminated backend only when that one is really gone."""
         while True:
             steps = Steps()
-            self.finisher.task(steps, "alive", backend)
+            self.ours.task(steps, "alive", backend)
             [result] = self.session.pipeline(steps.steps, timeout=PATIENCE)
             if not result.ntuples:
                 return
@@ -476,7 +467,7 @@ class Worker:
         if outcome.code not in ("25001", "2D000") or outcome.committed or self.limits.cancelled:
             return outcome
         _remember(task, self.detours)
-        self.finisher.rewind(save=task.save)
+        self.ours.rewind(save=task.save)
         self._limit(task)
         return self._send(task, b"")
 
@@ -487,7 +478,7 @@ class Worker:
         """Let the server end the statement by itself; the deadline here bounds the run as a whole."""
         if not task.timeout_ms and not self.limited:
             return
-        limits = [limit for limit in (task.timeout_ms, self.finisher.fresh.limit_ms) if limit]
+        limits = [limit for limit in (task.timeout_ms, self.ours.fresh.limit_ms) if limit]
         steps = Steps()
         steps.add("timeout", Step(own_text("timeout"), (str(min(limits, default=0)).encode(),)))
         self.session.pipeline(steps.steps, timeout=PATIENCE)
@@ -506,7 +497,7 @@ class Worker:
         other = Session.open(self.spec.conninfo, self.watch, timeout=5.0, stop=lambda: False)
         try:
             steps = Steps()
-            self.finisher.task(steps, "end_backend", self.session.pid)
+            self.ours.task(steps, "end_backend", self.session.pid)
             other.pipeline(steps.steps, timeout=5.0)
         finally:
             other.close()

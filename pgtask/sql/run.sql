@@ -180,6 +180,9 @@ UPDATE {task} AS t
 SET error = coalesce(t.error || chr(10), '') || $3
 WHERE t.id = $1 AND t.attempt = $2;
 
+-- name: copied — the columns that the next row of a repeated task copies, as the table is now
+SELECT {copied};
+
 -- name: repeat — plan the next row: without drift the first grid moment (first + n x repeat) that is after now and
 -- after this plan, in closed form; with drift now + repeat. Nothing beyond what a timestamp can hold. $1 id.
 -- {columns} are the copied columns, {values} the same of t.

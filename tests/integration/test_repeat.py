@@ -50,7 +50,7 @@ class Table:
         cursor = RawCursor(self.session)
         cursor.execute(f"SET TimeZone = '{zone}'".encode())
         cursor.execute(b"SET search_path TO pg_catalog, pg_temp")
-        copied = cursor.execute(self.store.copied().encode()).fetchall()[0][0]
+        copied = cursor.execute(self.store.text("copied").encode()).fetchall()[0][0]
         cursor.execute(self.store.repeat(copied).encode(), [id])
         rows = self.database.execute("SELECT id FROM task WHERE parent = %s", [id])
         assert len(rows) == cursor.rowcount <= 1

@@ -161,7 +161,7 @@ def test_task_runs_although_the_session_ends_when_it_is_handed_over(database: Da
         [backend] = ready(database)
         with frozen(one.pid):
             id = database.insert(ASK, delete=False)
-            database.admin_execute("SELECT pg_terminate_backend(%s)", [backend])
+            database.admin_execute("SELECT pg_terminate_backend(%s, 10000)", [backend])
         row = database.wait(id)
         assert (row["state"], row["attempt"]) == ("DONE", 1)
     calm(one)
@@ -240,7 +240,9 @@ def test_old_session_is_replaced(database: Database, master: Start, monkeypatch:
     master(database.conninfo).stop()
     monkeypatch.setattr(warm, "OLDEST", 0.3)
     store = Names(schema="public", table="task").store()
-    spec = Spec(conninfo=database.conninfo, label="it", encoding="UTF8", store=store, remote_password=True)
+    spec = Spec(
+        conninfo=database.conninfo, label="it", encoding="UTF8", store=store, remote_password=True, batch_time=0.01
+    )
 
     async def look() -> None:
         keeper = warm.Warm()

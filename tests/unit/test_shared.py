@@ -2,7 +2,7 @@
 
 import pytest
 
-from pgtask.finish import array
+from pgtask.ours import array
 from pgtask.shared import Way, way
 
 
