@@ -111,7 +111,7 @@ class AsyncSession:
 
     async def rows(self, text: str, *params: object) -> list[tuple[Any, ...]]:
         with self.bounded(ANSWER):
-            cursor = await self.conn.execute(text.encode(), params)
+            cursor = await self.conn.execute(text.encode(), [_text(value) for value in params])
             rows: list[tuple[Any, ...]] = await cursor.fetchall()
             return rows
 
@@ -120,7 +120,7 @@ class AsyncSession:
 
     async def do(self, text: str, *params: object) -> None:
         with self.bounded(ANSWER):
-            await self.conn.execute(text.encode(), params)
+            await self.conn.execute(text.encode(), [_text(value) for value in params])
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
@@ -199,6 +199,22 @@ async def event_or_timeout(event: asyncio.Event, seconds: float) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+def _text(value: object) -> str | None:
+    """A parameter as the server reads it, of no type: one statement is prepared once, whatever its values are."""
+    if value is None:
+        return None
+    if isinstance(value, list | tuple):
+        return "{" + ",".join(map(_element, value)) + "}"
+    return str(value)
+
+
+def _element(value: object) -> str:
+    """Of an array."""
+    if value is None:
+        return "NULL"
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def with_options(text: str, settings: dict[str, str]) -> dict[str, str]:
