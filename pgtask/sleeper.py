@@ -50,6 +50,7 @@ class Sleeper:
         self._asleep = False  # we hold the lock that says so
         self._instant: Any = None  # when we got it, until everything was looked at since
         self._told = False  # a notification has come since
+        self._found_at = 0.0  # when a look last found something (time.monotonic())
         self._empty = self._vain = 0  # looks in a row that found nothing, and notifications in a row that meant nothing
         self._cpu = self._used = 0.0  # processor time of the master until the last look, and between the last two
         self._session: AsyncSession
@@ -99,13 +100,23 @@ class Sleeper:
     async def pause(self, batch: Batch) -> None:
         """After a look: go on soon where there is something to do, else sleep as soon as nothing can be missed."""
         if batch.rows or batch.late:
-            self._empty = self._vain = 0
-            await self._rise()
-            await self.wait(self._at_most(self._taker.gap))
+            await self._go_on(batch)
         elif not batch.more:
             self._empty += 1
             await self._pause(batch)
         elif not self._asleep or self._wake.is_set():
+            await self._rise()
+            await self.wait(self._at_most(self._taker.gap))
+
+    async def _go_on(self, batch: Batch) -> None:
+        """Something was found. A task that comes alone does not wake us: inserts that follow soon may not notify."""
+        now = time.monotonic()
+        alone, self._found_at = now - self._found_at > LONGEST_GAP, now
+        self._empty = self._vain = 0
+        if alone and self._asleep and not (batch.left or batch.more):
+            self._told = False
+            await self._sleep_until_next(batch.now)
+        else:
             await self._rise()
             await self.wait(self._at_most(self._taker.gap))
 
@@ -118,7 +129,7 @@ class Sleeper:
             # However many such tables there are, the master has time left for workers and signals.
             least = min(LONGEST_GAP, max(self._taker.gap, self._used / MOST_CPU))
             await self.wait(max(self.config.sleep.total_seconds(), least))
-        elif self._asleep and batch.seen and self._pool.capacity(self._client):
+        elif self._asleep and batch.left and self._pool.capacity(self._client):
             await self._rise()  # due rows that somebody holds locked: no notification will tell when he lets go
             await self.wait(min(pause, LONGEST_GAP))
         elif self._asleep and self._told:

@@ -34,14 +34,16 @@ EXPIRE_GAP = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a take found: the rows for workers, how many were too late, whether it saw due rows; and the instant.
+    """What a take found: the rows for workers, how many were too late, and the instant.
 
-    `more` is whether there may be due rows in groups that it did not look at.
+    `left` is whether it saw due rows, in groups with a free slot, that it did not take: there was no place, or somebody
+    holds them locked. `waiting` is how many it saw in groups of which nothing runs. `more` is whether there may be due
+    rows in groups that it did not look at.
     """
 
     rows: list[Taken]
     late: int
-    seen: bool
+    left: bool
     waiting: int
     more: bool
     now: Any
@@ -60,7 +62,7 @@ class Taker:
         self._mender = mender
         self._pace = Pace(cheap=CHEAP)
         self._walk_from: int | None = None  # the lane where the next take goes on; None: from the first
-        self._seen = False  # due rows since the walk from group to group began
+        self._left = False  # due rows since the walk from group to group began
         self._place = BEGINNING  # of the first due row that the last take saw
         self._looked_at: Any = None  # the instant of the last full look
         self._resting: dict[int, float] = {}  # lane -> until when (time.monotonic()) its slot keeps a pause
@@ -91,7 +93,7 @@ class Taker:
 
     def start_over(self) -> None:
         """The next walk begins with the first group."""
-        self._walk_from, self._seen = None, False
+        self._walk_from, self._left = None, False
 
     def moments(self) -> list[float]:
         """When there is something to do without a word from anybody (time.monotonic())."""
@@ -122,7 +124,7 @@ class Taker:
             self._mender.not_begun(*batch.rows)
             return batch
         self._hand_out(batch)
-        if capacity == 0 and batch.seen:
+        if capacity == 0 and batch.left:
             self._pool.want(self._client, room=batch.waiting > 0)
         elif capacity or not batch.more:
             self._pool.served(self._client)
@@ -145,9 +147,9 @@ class Taker:
             self._looked_at = now
             self._walk_from = None if walked in (None, LAST_LANE) else walked + 1
         self._place = (place[0], place[1])
-        more, seen = self._walk_from is not None, self._seen or seen > 0
-        self._seen = seen and more
-        return Batch(rows=taken, late=late, seen=seen, waiting=waiting, more=more, now=now)
+        more, left = self._walk_from is not None, self._left or seen > len(taken) + late
+        self._left = left and more
+        return Batch(rows=taken, late=late, left=left, waiting=waiting, more=more, now=now)
 
     def _hand_out(self, batch: Batch) -> None:
         for taken in batch.rows:
