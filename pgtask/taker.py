@@ -7,6 +7,7 @@ something. Nothing here decides when to look.
 
 import math
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ from pgtask.store import Store
 
 LOOK = 200
 """Due rows, and groups, that one take looks at."""
+
+RECENT = 4
+"""How many takes tell what one costs."""
 
 LAST_LANE = 2**63 - 1
 
@@ -55,7 +59,7 @@ class Taker:
     def __init__(self, client: Client, pool: Pool, store: Store, mender: Mender, config: TableConfig):
         self.config = config
         self.closed = False  # there will be no worker for what is taken now
-        self.gap = 0.0  # seconds between two looks: so the server spends a fifth of its time on them
+        self._costs: deque[float] = deque([0.0], maxlen=RECENT)  # seconds that the last takes have lasted
         self._client = client
         self._pool = pool
         self._store = store
@@ -85,6 +89,14 @@ class Taker:
     def unpaced(self) -> bool:
         """May a take look everywhere now?"""
         return self._pace.ready
+
+    @property
+    def gap(self) -> float:
+        """Seconds until the next look while there is something to do: so a fifth of the time is spent on them.
+
+        By the shortest of the last takes: what made the others longer is that they waited for a processor.
+        """
+        return max(0.001, 4 * min(self._costs))
 
     @property
     def walking(self) -> bool:
@@ -118,7 +130,7 @@ class Taker:
         rows = await self._term.session.rows(
             self._store.text("take"), capacity, resting, LOOK, now, lanes, self._term.since, *looked
         )
-        self.gap = max(0.001, 4 * (time.monotonic() - started))
+        self._costs.append(time.monotonic() - started)
         batch = self._batch(rows, held)
         if self.closed:  # meanwhile
             self._mender.not_begun(*batch.rows)
