@@ -300,7 +300,9 @@ class Poller:
             self._outage.stable()
             await self._mend()
             if not self.stopping:
-                await self._sleeper.pause(await self._sleeper.look())
+                batch = await self._sleeper.look()
+                self._pool.fork_ahead(self)
+                await self._sleeper.pause(batch)
             elif not self._done():
                 await self._sleeper.wait()
         await self._mender.release(self._term)
@@ -313,8 +315,6 @@ class Poller:
             self._spec = self._worker_spec()
             self._keep_warm()
         await self._mender.mend(self._term)
-        if not self.stopping:
-            self._pool.fork_ahead(self)
 
     def _moments(self) -> list[float]:
         """When something must be looked at that the table does not tell (time.monotonic())."""
