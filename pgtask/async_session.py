@@ -10,11 +10,12 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Self
 
 import psycopg
-from psycopg import AsyncConnection, AsyncRawCursor, conninfo
+from psycopg import AsyncConnection, AsyncRawCursor, conninfo, pq
+from psycopg.adapt import Transformer
 
 from pgtask.config import TableConfig
 from pgtask.process import Children
@@ -59,13 +60,16 @@ class AsyncSession:
     """An AsyncConnection in autocommit mode that hears notifications while it waits.
 
     `on_notify` is called with the payload of each. Every method raises psycopg.Error; the loss of the session is
-    psycopg.OperationalError with the server's last words.
+    psycopg.OperationalError with the server's last words. Our own statements, each prepared once, go by its libpq
+    connection: a cursor takes longer to send and read one than the server to run it.
     """
 
     def __init__(self, conn: AsyncConnection[Any], on_notify: Callable[[str], None]):
         self.conn = conn
         self._on_notify = on_notify
         self._last_words = ""
+        self._names: dict[str, bytes] = {}  # of the prepared statements, by text
+        self._loader = Transformer(conn)
         conn.add_notify_handler(lambda notify: on_notify(notify.payload))
         conn.add_notice_handler(self._noticed)
 
@@ -111,16 +115,53 @@ class AsyncSession:
 
     async def rows(self, text: str, *params: object) -> list[tuple[Any, ...]]:
         with self.bounded(ANSWER):
-            cursor = await self.conn.execute(text.encode(), params)
-            rows: list[tuple[Any, ...]] = await cursor.fetchall()
-            return rows
+            result = await self._run(text, [_text(value) for value in params])
+        self._loader.set_pgresult(result)
+        return self._loader.load_rows(0, result.ntuples, tuple)
 
     async def one(self, text: str, *params: object) -> tuple[Any, ...]:
         return (await self.rows(text, *params))[0]
 
     async def do(self, text: str, *params: object) -> None:
-        with self.bounded(ANSWER):
-            await self.conn.execute(text.encode(), params)
+        await self.rows(text, *params)
+
+    async def _run(self, text: str, params: Sequence[bytes | None]) -> pq.abc.PGresult:
+        pgconn = self.conn.pgconn
+        if (name := self._names.get(text)) is None:
+            name = b"pgtask_%d" % len(self._names)
+            pgconn.send_prepare(name, text.encode())
+            await self._answer(pgconn)
+            self._names[text] = name
+        pgconn.send_query_prepared(name, params)
+        return await self._answer(pgconn)
+
+    async def _answer(self, pgconn: pq.abc.PGconn) -> pq.abc.PGresult:
+        """The result of the one statement that was sent."""
+        while pgconn.flush():
+            await until_ready(pgconn.socket, write=True)
+            pgconn.consume_input()
+        lost: psycopg.OperationalError | None = None
+        while pgconn.is_busy() and lost is None:
+            await until_ready(pgconn.socket)
+            lost = self._read(pgconn)
+        result = pgconn.get_result()
+        while pgconn.get_result() is not None:
+            pass
+        if result is None or result.status == pq.ExecStatus.FATAL_ERROR:
+            if result is not None and result.error_field(pq.DiagnosticField.SQLSTATE):
+                raise psycopg.errors.error_from_result(result, encoding="utf-8")
+            raise lost or psycopg.OperationalError(self._last_words or pgconn.get_error_message())
+        return result
+
+    def _read(self, pgconn: pq.abc.PGconn) -> psycopg.OperationalError | None:
+        """What has come, notifications among it; or the end of the session."""
+        try:
+            pgconn.consume_input()
+        except psycopg.OperationalError as error:
+            return error
+        while (notify := pgconn.notifies()) is not None:
+            self._on_notify(notify.extra.decode(errors="replace"))
+        return None
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
@@ -170,14 +211,8 @@ class AsyncSession:
 
     def _readable(self, woken: asyncio.Event) -> None:
         """Something came while we waited: notifications, or the end of the session."""
-        pgconn = self.conn.pgconn
-        try:
-            pgconn.consume_input()
-        except psycopg.OperationalError:
+        if self._read(self.conn.pgconn) is not None:
             woken.set()
-            return
-        while (notify := pgconn.notifies()) is not None:
-            self._on_notify(notify.extra.decode(errors="replace"))
 
     async def _sign_of_life(self) -> None:
         """A bare Sync: no statement, but the server's idle_session_timeout starts anew."""
@@ -199,6 +234,42 @@ async def event_or_timeout(event: asyncio.Event, seconds: float) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+async def until_ready(descriptor: int, *, write: bool = False) -> None:
+    """Until it can be read, or written."""
+    loop = asyncio.get_running_loop()
+    came = loop.create_future()
+    loop.add_reader(descriptor, _came, came)
+    if write:
+        loop.add_writer(descriptor, _came, came)
+    try:
+        await came
+    finally:
+        loop.remove_reader(descriptor)
+        if write:
+            loop.remove_writer(descriptor)
+
+
+def _came(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _text(value: object) -> bytes | None:
+    """A parameter as the server reads it, of no type: one statement is prepared once, whatever its values are."""
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return b"{%s}" % b",".join(map(_element, value))
+    return str(value).encode()
+
+
+def _element(value: object) -> bytes:
+    """Of an array."""
+    if value is None:
+        return b"NULL"
+    return b'"%s"' % str(value).replace("\\", "\\\\").replace('"', '\\"').encode()
 
 
 def with_options(text: str, settings: dict[str, str]) -> dict[str, str]:

@@ -1,22 +1,20 @@
 """One table: connect, install, lead, take, wait.
 
 A poller is a coroutine that serves one task table of one database for as long as the configuration names it. It holds
-one session. While there is work it polls; when there is none it says so with a lock and sleeps until an insert, a
-planned moment, a worker or a signal wakes it: between, no statement is sent. What fails (a server that is down, a
-statement that is refused) is logged once, retried with growing pauses, and disturbs no other table.
+one session. What fails (a server that is down, a statement that is refused) is logged once, retried with growing
+pauses, and disturbs no other table.
 
-What goes wrong with runs is mended by mender.py; how outages are told is outage.py's. The poller decides nothing about
-processes (pool.py) and writes no SQL on the task table (store.py, schema.py).
+What is due, and who gets it, is taker.py's; when to look for it, and how to sleep between, sleeper.py's. What goes
+wrong with runs is mended by mender.py; how outages are told is outage.py's. The poller decides nothing about processes
+(pool.py) and writes no SQL on the task table (store.py, schema.py).
 """
 
 import asyncio
-import math
 import os
 import re
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -24,43 +22,21 @@ import psycopg
 from psycopg import conninfo
 
 from pgtask import log, maintenance, objects, schema
-from pgtask.async_session import ANSWER, KEEPALIVES, AsyncSession, event_or_timeout, with_options
+from pgtask.async_session import ANSWER, KEEPALIVES, AsyncSession, with_options
 from pgtask.config import TableConfig
 from pgtask.errors import PgtaskError
-from pgtask.mender import Mender, Term, lowest_free
+from pgtask.mender import Mender, Term
 from pgtask.outage import Outage
-from pgtask.pace import Pace
 from pgtask.pool import Fate, Pool, Taken
 from pgtask.process import Children
+from pgtask.sleeper import Sleeper
 from pgtask.store import Store
+from pgtask.taker import Taker
 from pgtask.warm import Warm
 from pgtask.worker import Ready, Spec
 
 STANDBY_GAP = 0.5
 """Seconds between the tries of a poller that stands by; never waiting in the server: that would hold back vacuum."""
-
-LONGEST_GAP = 0.05
-"""Seconds between polls while an insert is in flight, or a due row is locked by somebody."""
-
-LOOK = 200
-"""Due rows, and groups, that one take looks at."""
-
-LAST_LANE = 2**63 - 1
-
-BEGINNING = ("-infinity", -(1 << 63))
-"""The place, plan and id, before every due row."""
-
-CHEAP = 0.005
-"""Seconds that a full look may cost without being paced."""
-
-EXPIRE_GAP = 1.0
-"""Seconds between looks for rows that came too late while their group was full: nobody waits for them."""
-
-LONGEST_DEAFNESS = 0.01
-"""Seconds between polls when what we are told again and again means nothing to us."""
-
-MOST_CPU = 0.4
-"""Of one core, that the polling of tables that nobody wakes us for may cost all together."""
 
 ID = re.compile("-?[0-9]{1,19}")
 """The payload of a notification that is an id; anybody may send others."""
@@ -85,21 +61,6 @@ class Role(Enum):
     STOPPED = "stopped"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What a take found: the rows for workers, how many were too late, whether it saw due rows; and the instant.
-
-    `more` is whether there may be due rows in groups that it did not look at.
-    """
-
-    rows: list[Taken]
-    late: int
-    seen: bool
-    waiting: int
-    more: bool
-    now: Any
-
-
 class Poller:
     """One table's coroutine, and its face to the pool."""
 
@@ -115,23 +76,10 @@ class Poller:
         self._store: Store = self._names.store()
         self._outage = Outage(config.label)
         self._mender = Mender(self, pool, self._store, config)
+        self._taker = Taker(self, pool, self._store, self._mender, config)
+        self._sleeper = Sleeper(self, pool, self._store, self._taker, config, self._moments)
         self._spec: Spec | None = None
         self._warm = Warm()
-        self._wake = asyncio.Event()
-        self._walk_from: int | None = None  # the lane where the next take goes on; None: from the first
-        self._pace = Pace(cheap=CHEAP)
-        self._place = BEGINNING  # of the first due row that the last take saw
-        self._looked_at: Any = None  # the instant of the last full look
-        self._expired: tuple[str, int] | None = None  # up to where those were looked for that came too late
-        self._resting: dict[int, float] = {}  # lane -> until when (time.monotonic()) its slot keeps a pause
-        self._asleep = False  # we hold the lock that says so
-        self._instant: Any = None  # when we got it, until everything was looked at since
-        self._told = False  # a notification has come since
-        self._seen = False  # due rows since the walk from group to group began
-        self._empty = self._vain = 0  # looks in a row that found nothing, and notifications in a row that meant nothing
-        self._gap = 0.0  # seconds between two looks
-        self._cpu = self._used = 0.0  # processor time of the master until the last look, and between the last two
-        self._expire_at = 0.0  # before when rows that came too late are not looked for again (time.monotonic())
         self._changed = False  # the configuration, while we serve
         self._warned = False  # of what is unsafe here
         self._holder: tuple[Any, ...] | None = None  # who kept us waiting when we looked last
@@ -154,7 +102,7 @@ class Poller:
         return self.config.run
 
     def wake(self) -> None:
-        self._wake.set()
+        self._sleeper.wake()
 
     def ready(self) -> Ready | None:
         return self._warm.take()
@@ -164,7 +112,7 @@ class Poller:
 
     def stop(self) -> None:
         """Take nothing more; end when the table's workers have ended."""
-        self.stopping = True
+        self.stopping = self._taker.closed = True
         self._warm.drop()
         self._pool.served(self)
         if self._opening is not None:
@@ -173,30 +121,23 @@ class Poller:
 
     def reconfigure(self, config: TableConfig) -> None:
         """The same table with other settings; running tasks are not touched."""
-        self.config = self._mender.config = config
+        self.config = self._mender.config = self._taker.config = self._sleeper.config = config
         self._changed = True
         self.wake()
 
     def on_idle(self, taken: Taken | None, begun: bool) -> None:
         if taken is not None:
-            self._rest(taken, ran=begun)
+            self._taker.rest(taken, ran=begun)
             if not begun:
                 self._mender.not_begun(taken)
         self.wake()
 
     def on_end(self, fate: Fate) -> None:
         if fate.assigned is not None:
-            self._rest(fate.assigned, ran=fate.opened)
+            self._taker.rest(fate.assigned, ran=fate.opened)
             self._mender.not_begun(fate.assigned)
         self._mender.ended(fate)
         self.wake()
-
-    def _rest(self, taken: Taken, *, ran: bool) -> None:
-        """A run with a negative `max` has ended: its group's next such one waits that many milliseconds."""
-        if taken.max < 0 and ran:
-            self._resting[taken.lane] = time.monotonic() - taken.max / 1000
-        elif taken.max < 0:
-            self._resting.pop(taken.lane, None)
 
     async def run(self) -> None:
         """Serve the table until `stop`."""
@@ -227,8 +168,7 @@ class Poller:
         self._pool.served(self)
         deadline = time.monotonic() + self._outage.down(error, refused=isinstance(error, schema.Refused))
         while not self.stopping and (left := deadline - time.monotonic()) > 0:
-            self._wake.clear()
-            await event_or_timeout(self._wake, left)
+            await self._sleeper.nap(left)
         if self.stopping:
             self._mender.give_up()
             if not self._done():
@@ -281,7 +221,8 @@ class Poller:
         self._term = Term(session=self._session, number=number, since=since)
         await self._session.do(f"LISTEN pgtask_{self._oid}")
         self._spec = self._worker_spec()
-        self._pace = Pace(cheap=CHEAP)  # what happened meanwhile is seen at once
+        self._taker.begin(self._term)
+        self._sleeper.begin(self._session, self._oid)
         await self._mender.begin(self._term)
         self._keep_warm()
         self._become(Role.LEADING)
@@ -318,8 +259,7 @@ class Poller:
             leader = await self._session.rows(self._store.text("leader"))
             host, pid = leader[0][:2] if leader else (None, None)
             log.info("standing_by", table=self.label, leader=host, pid=pid)
-        self._wake.clear()
-        await event_or_timeout(self._wake, STANDBY_GAP)
+        await self._sleeper.nap(STANDBY_GAP)
         if self.stopping:
             self._mender.give_up()
 
@@ -356,181 +296,17 @@ class Poller:
         """The loop while we lead: mend, take, and wait for the nearest of what may come."""
         if self.role is not Role.LEADING:
             return
-        self._asleep, self._instant = False, None
         while not self._done():
-            self._wake.clear()
+            self._sleeper.heed()
             self._outage.stable()
             await self._mend()
-            if self.stopping:
-                if not self._done():
-                    await self._wait(None)
-                continue
-            batch = await self._look()
-            if batch.rows or batch.late:
-                self._empty = self._vain = 0
-                await self._rise()
-                await self._wait(min(self._sleep(), self._gap))
-            elif not batch.more:
-                self._empty += 1
-                await self._pause(batch)
-            elif not self._asleep or self._wake.is_set():
-                await self._rise()
-                await self._wait(min(self._sleep(), self._gap))
+            if not self.stopping:
+                batch = await self._sleeper.look()
+                self._pool.fork_ahead(self)
+                await self._sleeper.pause(batch)
+            elif not self._done():
+                await self._sleeper.wait()
         await self._mender.release(self._term)
-
-    def _sleep(self) -> float:
-        return self.config.sleep.total_seconds()
-
-    async def _look(self) -> Batch:
-        """Take; once asleep everywhere, and all of it for the same instant, after which the next moment is read."""
-        used = time.process_time()
-        self._used, self._cpu = used - self._cpu, used
-        if self._instant is None and not self._pace.ready:
-            await self._rise()
-        begins = self._walk_from is None
-        batch = await self._take(self._instant, full=self._asleep)
-        self._instant = batch.now if self._asleep and batch.more else None
-        if begins and self._asleep and batch.more:  # what is planned next does not wait for the end of the walk
-            for left in await self._planned(batch.now):
-                asyncio.get_running_loop().call_later(max(0.0, left), self.wake)
-        return batch
-
-    async def _pause(self, batch: Batch) -> None:
-        """Nothing could be taken: sleep if nothing can be missed, else look again soon."""
-        pause = min(self._sleep(), 0.001 * 2 ** min(self._empty, 10))
-        if not self.config.wake:
-            # However many such tables there are, the master has time left for workers and signals.
-            await self._wait(max(self._sleep(), min(LONGEST_GAP, max(self._gap, self._used / MOST_CPU))))
-        elif self._asleep and batch.seen and self._pool.capacity(self):
-            await self._rise()  # due rows that somebody holds locked: no notification will tell when he lets go
-            await self._wait(min(pause, LONGEST_GAP))
-        elif self._asleep and self._told:
-            await self._doze()
-        elif self._asleep:
-            await self._sleep_until_next(batch.now)
-        elif self._empty < self.config.idle:
-            await self._wait(pause)
-        elif not self._pace.ready or not await self._fall_asleep():
-            await self._wait(min(pause, LONGEST_GAP))
-
-    async def _fall_asleep(self) -> bool:
-        """Take the ASLEEP lock: the next look, in new statements, misses nothing. False if an insert is in flight.
-
-        Whoever inserts from now on finds the lock taken and notifies; whoever inserted before and did not notify
-        holds it shared, so that we do not get it.
-        """
-        self._told, self._walk_from, self._seen = False, None, False
-        self._asleep, self._instant = await self._session.one(self._store.text("lock_asleep"), self._oid)
-        return self._asleep
-
-    async def _rise(self) -> None:
-        """From now on inserts cost no notification."""
-        if self._asleep:
-            self._asleep, self._instant = False, None
-            await self._session.one(self._store.text("unlock_asleep"), self._oid)
-
-    async def _sleep_until_next(self, now: Any) -> None:
-        """The lock stays ours: what wakes us may turn out to be nothing."""
-        if time.monotonic() >= self._expire_at:
-            self._expire_at = time.monotonic() + EXPIRE_GAP
-            await self._expire()
-        left, since = await self._until_next(now), time.monotonic()
-        await self._wait(left)
-        if time.monotonic() - since > LONGEST_GAP:
-            self._vain = 0
-
-    async def _doze(self) -> None:
-        """We were told, and found nothing: for a moment, which grows, have no notifications sent and heed none.
-
-        They may be of inserts into groups that are full, or a stranger's, who sends what he likes.
-        """
-        self._vain += 1
-        await self._rise()
-        self._wake.clear()  # by what has come since we looked: it is looked for when the pause is over
-        await self._wait(min(self._sleep(), LONGEST_DEAFNESS, 0.001 * 2 ** min(self._vain, 10)))
-        if self._pace.ready:
-            await self._fall_asleep()
-
-    async def _expire(self) -> None:
-        """Rows that came too late while their group was full; some at a time, when there is nothing else to do.
-
-        The first of them is where the full look that has just been made found the first due row.
-        """
-        plan, id = self._expired or (self._place[0], max(self._place[1] - 1, BEGINNING[1]))
-        count, *place = await self._session.one(self._store.text("expire"), self.config.limit, plan, id)
-        self._expired = (place[0], place[1]) if place[0] is not None else None
-        if count:
-            log.info("tasks_gone", table=self.label, count=count)
-
-    async def _until_next(self, now: Any) -> float:
-        """Seconds until something is planned, may start after a pause, or must be looked at."""
-        now_here = time.monotonic()
-        moments = [self.config.safety.total_seconds(), self._mender.next_look() - now_here]
-        moments += [until - now_here for until in self._resting.values()]
-        if (stable_at := self._outage.stable_at) is not None:
-            moments.append(stable_at - now_here)
-        if (retry := self._pool.retry_at(self)) is not None:
-            moments.append(retry - now_here)
-        if self._expired is not None:  # there were more than one look could bury
-            moments.append(self._expire_at - now_here)
-        moments += await self._planned(now)
-        return max(0.0, min(moments))
-
-    async def _planned(self, now: Any) -> list[float]:
-        """Seconds until the next planned moment after that instant, if there is one."""
-        rows = await self._session.rows(self._store.text("next_plan"), now)
-        return [seconds for (seconds,) in rows if seconds is not None]
-
-    async def _take(self, now: Any = None, *, full: bool = False) -> Batch:
-        """Take what may start and hand it to the pool."""
-        full = full or self._pace.ready
-        self._resting = {lane: until for lane, until in self._resting.items() if until > time.monotonic()}
-        held = await self._mender.held(self._term)
-        capacity = min(self._pool.capacity(self), self.config.limit)
-        resting = list(self._resting)
-        lanes = [lane for lane, numbers in held.items() for _ in numbers]
-        looked = (self._walk_from, *(BEGINNING if full else self._place), None if full else self._looked_at)
-        started = time.monotonic()
-        rows = await self._session.rows(
-            self._store.text("take"), capacity, resting, LOOK, now, lanes, self._term.since, *looked
-        )
-        self._gap = max(0.001, 4 * (time.monotonic() - started))
-        batch = self._batch(rows, held)
-        if self.stopping:  # meanwhile: there will be no worker for them
-            self._mender.not_begun(*batch.rows)
-            return batch
-        for taken in batch.rows:
-            if taken.max < 0:  # its end is committed before we hear of it: until then nothing may slip in
-                self._resting[taken.lane] = math.inf
-            self._pool.assign(self, taken)
-        if batch.late:
-            log.info("tasks_gone", table=self.label, count=batch.late)
-        if capacity == 0 and batch.seen:
-            self._pool.want(self, room=batch.waiting > 0)
-        elif capacity or not batch.more:
-            self._pool.served(self)
-        return batch
-
-    def _batch(self, rows: list[tuple[Any, ...]], held: dict[int, set[int]]) -> Batch:
-        """What was taken, each row with the lowest free number of its lane: not above `max`, as `take` has counted."""
-        taken: list[Taken] = []
-        for *_, id, attempt, late, lane, max, count, live in rows:
-            if id is None or late:
-                continue
-            slot = lowest_free(held[lane])
-            held[lane].add(slot)
-            who = {"taker": self._session.pid, "term": self._term.number}
-            taken.append(Taken(id=id, attempt=attempt, lane=lane, slot=slot, max=max, count=count, live=live, **who))
-        late = sum(bool(row[9]) for row in rows)
-        seen, waiting, now, walked, cost, *place = rows[0][:7]
-        if cost is not None:
-            self._pace.looked(cost)
-            self._looked_at = now
-            self._walk_from = None if walked in (None, LAST_LANE) else walked + 1
-        self._place = (place[0], place[1])
-        more, seen = self._walk_from is not None, self._seen or seen > 0
-        self._seen = seen and more
-        return Batch(rows=taken, late=late, seen=seen, waiting=waiting, more=more, now=now)
 
     async def _mend(self) -> None:
         """What went wrong, or was changed, since the last look."""
@@ -540,21 +316,19 @@ class Poller:
             self._spec = self._worker_spec()
             self._keep_warm()
         await self._mender.mend(self._term)
-        if not self.stopping:
-            self._pool.fork_ahead(self)
+
+    def _moments(self) -> list[float]:
+        """When something must be looked at that the table does not tell (time.monotonic())."""
+        moments = (self._mender.next_look(), self._outage.stable_at, self._pool.retry_at(self))
+        return [moment for moment in moments if moment is not None]
 
     def _notified(self, payload: str) -> None:
         """An insert while we slept (no payload), or a running row that was stopped or deleted (its id).
 
-        Or whatever else anybody says on our channel. While we are awake we look by ourselves.
+        Or whatever else anybody says on our channel.
         """
         if ID.fullmatch(payload) and -(1 << 63) <= int(payload) < 1 << 63 and self._pool.of(self):
             self._mender.stopped(int(payload))
             self.wake()
-        elif self._asleep:
-            self._told = True
-            self.wake()
-
-    async def _wait(self, timeout: float | None) -> None:
-        """Wait for a notification, a wake-up or `timeout` seconds."""
-        await self._session.wait(self._wake, timeout)
+        else:
+            self._sleeper.tell()

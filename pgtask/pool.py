@@ -130,7 +130,9 @@ class Pool:
         self.handles: dict[int, Handle] = {}
         self._changed = changed
         self._nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)  # now, since later no descriptor may be left
-        self._pending: deque[tuple[Client, Taken]] = deque()
+        self._pending: deque[tuple[Client, Taken]] = deque()  # rows that wait for a worker's end
+        self._next: deque[tuple[Client, Taken]] = deque()  # rows for which there is a place, but no worker yet
+        self._forking = False  # a worker was forked in this turn of the loop
         self._waiting: dict[Client, float] = {}  # clients with due rows and no place for them, since when
         self._pauses: dict[Client, _Pause] = {}  # clients whose workers could not open a session
 
@@ -144,7 +146,7 @@ class Pool:
         idle: also while the run of a row that was stopped or deleted goes on.
         """
         busy = [h.assigned for h in self.of(client) if h.assigned is not None]
-        return busy + [taken for owner, taken in self._pending if owner is client]
+        return busy + [taken for owner, taken in (*self._next, *self._pending) if owner is client]
 
     def backends(self, client: Client, *, busy: bool = False) -> list[int]:
         """The sessions of the client's workers, or only of those that have something to do."""
@@ -155,7 +157,7 @@ class Pool:
         """How many rows the client may take now."""
         own = self.of(client)
         idle = sum(h.state is State.IDLE for h in own)
-        busy = sum(h.state is State.BUSY for h in own) + sum(c is client for c, _ in self._pending)
+        busy = sum(h.state is State.BUSY for h in own) + sum(c is client for c, _ in (*self._next, *self._pending))
         places = self._places() - len(self._before(client))
         if (pause := self._pauses.get(client)) is not None:
             opening = sum(h.state is State.BUSY and h.backend is None for h in own)
@@ -168,7 +170,7 @@ class Pool:
             if handle.state is State.IDLE and handle.admits(taken):
                 self._give(handle, taken)
                 return
-        full = len(self.handles) >= self.workers
+        full = self._unused() <= 0
         refused = self.retry_at(client) is not None  # no session to be had but that of a worker that ends
         replaces = (full or refused) and self._end_one_idle(of=client)
         if full and not replaces:
@@ -176,10 +178,11 @@ class Pool:
         if full or replaces:
             self._pending.append((client, taken))
             ending = sum(h.state is State.ENDING for h in self.handles.values())
-            if len(self._pending) > max(0, self.workers - len(self.handles)) + ending:
+            if len(self._pending) > max(0, self._unused()) + ending:
                 self._ask_for_room(h for h in self.handles.values() if h.state is State.BUSY)
         else:
-            self._fork(client, taken)
+            self._next.append((client, taken))
+            self._fork_next()
 
     def want(self, client: Client, *, room: bool) -> None:
         """The client has due rows and no place for them: tell it when there is one.
@@ -287,7 +290,11 @@ class Pool:
 
     def _places(self) -> int:
         """How many workers more there may be."""
-        return self.workers - len(self.handles) - len(self._pending)
+        return self._unused() - len(self._pending)
+
+    def _unused(self) -> int:
+        """The same, when those that wait for a worker's end have none yet."""
+        return self.workers - len(self.handles) - len(self._next)
 
     def _before(self, client: Client) -> list[Client]:
         """Who has waited longer for a place than this one: what becomes free is theirs."""
@@ -296,14 +303,14 @@ class Pool:
 
     def _give_up_pending(self, client: Client | None) -> None:
         """Rows that wait for a worker's end will get no worker any more."""
-        pending, self._pending = self._pending, deque()
-        for owner, taken in pending:
-            if client is None or owner is client:
-                owner.on_end(
-                    Fate(backend=None, since=None, assigned=taken, why="the table is stopped", opened=False, clean=True)
-                )
-            else:
-                self._pending.append((owner, taken))
+        why = "the table is stopped"
+        for queue in (self._next, self._pending):
+            for _ in range(len(queue)):
+                owner, taken = queue.popleft()
+                if client is None or owner is client:
+                    owner.on_end(Fate(backend=None, since=None, assigned=taken, why=why, opened=False, clean=True))
+                else:
+                    queue.append((owner, taken))
 
     def _give(self, handle: Handle, taken: Taken) -> None:
         if handle.linger is not None:
@@ -311,6 +318,17 @@ class Pool:
             handle.linger = None
         handle.state, handle.assigned, handle.asked = State.BUSY, taken, False
         handle.channel.send(taken.run())
+
+    def _fork_next(self) -> None:
+        """One in a turn of the loop: it stands still while the kernel copies our pages."""
+        if self._next and not self._forking:
+            self._forking = True
+            asyncio.get_running_loop().call_soon(self._fork_another)
+            self._fork(*self._next.popleft())
+
+    def _fork_another(self) -> None:
+        self._forking = False
+        self._fork_next()
 
     def _fork(self, client: Client, taken: Taken | None) -> bool:
         try:
@@ -390,8 +408,13 @@ class Pool:
         if handle.state is State.ENDING:
             return
         handle.state, handle.asked = State.IDLE, False
+        for item in self._next:
+            if item[0] is handle.client and handle.admits(item[1]):
+                self._next.remove(item)
+                self._give(handle, item[1])
+                return
         ending = sum(h.state is State.ENDING for h in self.handles.values())
-        if len(self._pending) + len(self._before(handle.client)) > max(0, self.workers - len(self.handles)) + ending:
+        if len(self._pending) + len(self._before(handle.client)) > max(0, self._unused()) + ending:
             self._end(handle)
             return
         for client in list(self._waiting):
@@ -459,8 +482,9 @@ class Pool:
         self._changed()
 
     def _place_free(self) -> None:
-        while self._pending and len(self.handles) < self.workers:
-            self._fork(*self._pending.popleft())
+        while self._pending and self._unused() > 0:
+            self._next.append(self._pending.popleft())
+        self._fork_next()
         for client in list(self._waiting):
             client.wake()
 

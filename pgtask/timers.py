@@ -20,7 +20,14 @@ class _Exact(selectors.DefaultSelector):
         return super().select(timeout)
 
 
+class Loop(asyncio.SelectorEventLoop):
+    """The master's."""
+
+    def __init__(self) -> None:
+        super().__init__(_Exact())
+
+
 def run(main: Coroutine[Any, Any, T]) -> T:
     """As asyncio.run does."""
-    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_Exact())) as runner:
+    with asyncio.Runner(loop_factory=Loop) as runner:
         return runner.run(main)

@@ -20,7 +20,7 @@ import psycopg
 from psycopg import OperationalError, pq
 
 from pgtask import log
-from pgtask.async_session import event_or_timeout
+from pgtask.async_session import event_or_timeout, until_ready
 from pgtask.ours import Fresh, Ours, Steps, own_text
 from pgtask.session import Session, Step
 from pgtask.worker import OPEN_TIMEOUT, Ready, Spec
@@ -156,7 +156,7 @@ async def _connected(conninfo: str) -> pq.abc.PGconn:
         # Asked before the socket is ready, libpq takes it for connected.
         status: int = pq.PollingStatus.WRITING
         while pgconn.status != pq.ConnStatus.BAD and status not in (pq.PollingStatus.OK, pq.PollingStatus.FAILED):
-            await _ready(pgconn.socket, write=status == pq.PollingStatus.WRITING)
+            await until_ready(pgconn.socket, write=status == pq.PollingStatus.WRITING)
             status = pgconn.connect_poll()
         if pgconn.status != pq.ConnStatus.OK:
             raise OperationalError(pgconn.get_error_message())
@@ -207,7 +207,7 @@ async def _pipeline(session: Session, steps: Sequence[Step]) -> list[pq.abc.PGre
     pgconn = session.pgconn
     waiting = session.send_pipeline(steps)
     while pgconn.flush():
-        await _ready(pgconn.socket, write=True)
+        await until_ready(pgconn.socket, write=True)
     results = []
     for sql in waiting:
         result = await _result(pgconn)
@@ -223,20 +223,6 @@ async def _pipeline(session: Session, steps: Sequence[Step]) -> list[pq.abc.PGre
 
 async def _result(pgconn: pq.abc.PGconn) -> pq.abc.PGresult | None:
     while pgconn.is_busy():
-        await _ready(pgconn.socket)
+        await until_ready(pgconn.socket)
         pgconn.consume_input()
     return pgconn.get_result()
-
-
-async def _ready(descriptor: int, *, write: bool = False) -> None:
-    """Until it can be read, or written."""
-    loop = asyncio.get_running_loop()
-    came = asyncio.Event()
-    loop.add_reader(descriptor, came.set)
-    if write:
-        loop.add_writer(descriptor, came.set)
-    try:
-        await came.wait()
-    finally:
-        loop.remove_reader(descriptor)
-        loop.remove_writer(descriptor)

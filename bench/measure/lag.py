@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from pgtask import timers
+
 EVERY = 0.005
 
 
@@ -28,32 +30,25 @@ class Lag:
         self.begin(self._loop)
 
 
-class Watched(asyncio.SelectorEventLoop):
-    """The loop that asyncio would have made, with a tick; a forked child leaves it alone."""
+class Watched(timers.Loop):
+    """The master's loop, with a tick; a forked child leaves it alone."""
 
-    def __init__(self, file: Path) -> None:
+    file: Path
+
+    def __init__(self) -> None:
         super().__init__()
-        self._file = file
         self._lag = Lag()
         self._lag.begin(self)
 
     def close(self) -> None:
         if not self.is_closed():
-            self._file.write_text(json.dumps(self._lag.late), "utf-8")
+            self.file.write_text(json.dumps(self._lag.late), "utf-8")
         super().close()
-
-
-class Policy(asyncio.DefaultEventLoopPolicy):
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self._file = file
-
-    def new_event_loop(self) -> asyncio.AbstractEventLoop:
-        return Watched(self._file)
 
 
 if __name__ == "__main__":
     from pgtask.cli import master
 
-    asyncio.set_event_loop_policy(Policy(Path(sys.argv.pop(1))))
+    Watched.file = Path(sys.argv.pop(1))
+    timers.Loop = Watched  # type: ignore[misc]
     master()

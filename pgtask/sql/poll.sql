@@ -69,26 +69,16 @@ WITH RECURSIVE instant AS MATERIALIZED (
 ), walked AS MATERIALIZED (
     SELECT w.lane FROM walk AS w LIMIT $3::int
 ), first AS MATERIALIZED (
-    SELECT w.lane, f."group", f.remote, f.max, f.plan, f.id
-    FROM walked AS w
+    SELECT g.lane, f."group", f.remote, f.max, f.plan, f.id
+    FROM walked AS g
     CROSS JOIN LATERAL (
-        WITH RECURSIVE level (max) AS (
-            (SELECT t.max FROM {task} AS t WHERE t.state = 'PLAN' AND {lane} = w.lane ORDER BY t.max DESC LIMIT 1)
-            UNION ALL
-            SELECT (
-                SELECT t.max FROM {task} AS t
-                WHERE t.state = 'PLAN' AND {lane} = w.lane AND t.max < l.max
-                ORDER BY t.max DESC LIMIT 1
-            )
-            FROM level AS l
-            WHERE l.max IS NOT NULL
-        )
+        {levels}
         SELECT d."group", d.remote, d.max, d.plan, d.id
         FROM level AS l
         CROSS JOIN LATERAL (
             SELECT t."group", coalesce(t.remote, '') AS remote, t.max, t.plan, t.id
             FROM {task} AS t
-            WHERE t.state = 'PLAN' AND {lane} = w.lane AND t.max = l.max AND t.plan <= (SELECT now FROM instant)
+            WHERE t.state = 'PLAN' AND {lane} = g.lane AND t.max = l.max AND t.plan <= (SELECT now FROM instant)
             ORDER BY t.plan, t.id
             LIMIT 1
         ) AS d
@@ -107,25 +97,12 @@ WITH RECURSIVE instant AS MATERIALIZED (
     SELECT p.id, p.late, g.lane
     FROM groups AS g
     CROSS JOIN LATERAL (
-        WITH RECURSIVE level (max) AS (
-            (SELECT t.max FROM {task} AS t
-            WHERE t.state = 'PLAN' AND {lane} = g.lane
-            ORDER BY t.max DESC
-            LIMIT CASE WHEN (SELECT h.walk FROM hidden AS h) THEN 1 ELSE 0 END)
-            UNION ALL
-            SELECT (
-                SELECT t.max FROM {task} AS t
-                WHERE t.state = 'PLAN' AND {lane} = g.lane AND t.max < l.max
-                ORDER BY t.max DESC LIMIT 1
-            )
-            FROM level AS l
-            WHERE l.max IS NOT NULL
-        )
+        {levels}
         SELECT q.id, q.max, q.late, g.used + row_number() OVER (ORDER BY q.max DESC, q.plan, q.id) - 1 AS slot
         FROM (
             SELECT d.id, d.max, d.plan, d.late
             FROM (
-                SELECT v.max FROM level AS v
+                SELECT v.max FROM level AS v WHERE (SELECT h.walk FROM hidden AS h)
                 UNION ALL
                 SELECT s.max FROM unnest(g.levels) AS s (max) WHERE NOT (SELECT h.walk FROM hidden AS h)
             ) AS l

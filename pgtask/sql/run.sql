@@ -39,24 +39,13 @@ WITH first AS MATERIALIZED (
 
 -- name: next_below — the same where rows of a greater max are planned for later: the first due row of the greatest max
 -- that has one
-WITH RECURSIVE level (max) AS (
-    SELECT (
-        SELECT t.max FROM {task} AS t
-        WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {floor}
-        ORDER BY t.max DESC LIMIT 1
-    )
-    WHERE {serving}
-    UNION ALL
-    SELECT (
-        SELECT t.max FROM {task} AS t
-        WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {floor} AND t.max < l.max
-        ORDER BY t.max DESC LIMIT 1
-    )
-    FROM level AS l
-    WHERE l.max IS NOT NULL
-), first AS MATERIALIZED (
+WITH first AS MATERIALIZED (
     SELECT d.id, d.admitted
-    FROM level AS l
+    FROM (SELECT $7::bigint AS lane) AS g
+    CROSS JOIN LATERAL (
+        {levels}
+        SELECT l.max FROM level AS l WHERE l.max >= {floor} AND {serving}
+    ) AS l
     CROSS JOIN LATERAL (
         SELECT t.id, {admitted} AS admitted
         FROM {task} AS t

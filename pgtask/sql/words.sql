@@ -4,6 +4,20 @@
 -- the text
 hashtextextended(t."group", hashtextextended(coalesce(t.remote, ''), 0))
 
+-- name: levels — every max that waiting rows of the group with the key g.lane have, the greatest first: one look into the
+-- index for each
+WITH RECURSIVE level (max) AS (
+    (SELECT t.max FROM {task} AS t WHERE t.state = 'PLAN' AND {lane} = g.lane ORDER BY t.max DESC LIMIT 1)
+    UNION ALL
+    SELECT (
+        SELECT t.max FROM {task} AS t
+        WHERE t.state = 'PLAN' AND {lane} = g.lane AND t.max < l.max
+        ORDER BY t.max DESC LIMIT 1
+    )
+    FROM level AS l
+    WHERE l.max IS NOT NULL
+)
+
 -- name: mark — changes with every ALTER ROLE or ALTER DATABASE ... SET that a new session would see and ours does not, and
 -- when the server's configuration is read anew: RESET ALL then goes back to other values than those of the beginning
 (SELECT concat(pg_conf_load_time(), ' ', string_agg(concat(s.xmin, s.ctid), ' ' ORDER BY s.setdatabase, s.setrole))

@@ -9,7 +9,7 @@ from psycopg import RawCursor, sql
 
 from pgtask import timers
 from pgtask.objects import Names
-from pgtask.poller import BEGINNING
+from pgtask.taker import BEGINNING
 from tests.fixtures.catalog import install
 from tests.fixtures.database import Database
 from tests.fixtures.locks import passes

@@ -34,11 +34,11 @@ def talkative(talkative_server: embedded.Server, new_database: Callable[..., Dat
 def looks(database: Database) -> int:
     """How often the master has looked for due rows."""
     text = database.server.log_text()  # type: ignore[union-attr]
-    return text.count(f"\npgtask master|{database.name}|LOG:  execute _pg3_{look_number(text, database)}:")
+    return text.count(f"\npgtask master|{database.name}|LOG:  execute pgtask_{look_number(text, database)}:")
 
 
 def look_number(text: str, database: Database) -> str:
-    """psycopg's name for the prepared statement is all that tells one execution from another's text."""
+    """The name of the prepared statement is all that tells one execution from another's text."""
     start = text.index(": WITH RECURSIVE instant AS", text.index(f"\npgtask master|{database.name}|"))
     return text[text.rindex("_", 0, start) + 1 : start]
 

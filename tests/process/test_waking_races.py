@@ -24,6 +24,11 @@ UNLOCK = "SELECT pg_advisory_unlock("
 TAKE = "WITH RECURSIVE instant AS"
 NEXT = "SELECT date_part"
 
+UNFINISHED = "state IN ('PLAN', 'TAKE', 'WORK')"
+
+STEPS = [(2, LOCK), (2, TAKE), (2, NEXT), (2, UNLOCK), (1, TAKE), (1, NEXT)]
+"""How many tasks come at once, and before which statement the master is stopped: one that is alone does not wake it."""
+
 
 @pytest.fixture(scope="module")
 def talkative_server() -> Iterator[embedded.Server]:
@@ -56,37 +61,47 @@ def stopper(
     new_database: Callable[..., Database],
     new_proxy: Callable[..., Proxy],
     master: Callable[..., Master],
-) -> Stopper:
+) -> Iterator[Stopper]:
     database = new_database(on=talkative_server)
     proxy = new_proxy(database.tcp)
     master("--safety", "1h", "--sleep", "1h", proxy.conninfo, tables=1)
-    for n in range(2):  # so that every statement has been prepared
-        database.wait(database.insert("SELECT 1", group=str(n % 2), delete=False))
+    for _ in range(2):  # so that every statement has been prepared
+        insert(database, "SELECT 1", 2)
+        eventually(lambda: not database.tasks(UNFINISHED))
         passes(0.1)
-    return Stopper(database, proxy)
+    yield Stopper(database, proxy)
+    eventually(lambda: not database.tasks(UNFINISHED))
 
 
-def wake_and_stop(stopper: Stopper, statement: str) -> None:
+def insert(database: Database, task: str, count: int) -> None:
+    """So many at once, in one group."""
+    query = "INSERT INTO task (input, \"group\", delete) SELECT %s, 'wakes it', false FROM generate_series(1, %s)"
+    database.execute(query, [task, count])
+
+
+def wake_and_stop(stopper: Stopper, tasks: int, statement: str) -> None:
     """By a task that goes on and on: the end of its run would wake the master once more."""
     there = stopper.stop_before(statement)
-    stopper.database.insert("SELECT pg_advisory_lock(7)", group="wakes it", delete=False)
+    insert(stopper.database, "SELECT pg_advisory_lock(7)", tasks)
     eventually(there)
 
 
-@pytest.mark.parametrize("statement", [LOCK, TAKE, NEXT, UNLOCK])
+@pytest.mark.parametrize(("tasks", "statement"), STEPS)
 def test_insert_that_comes_between_two_steps_of_falling_asleep_or_waking_is_found(
-    stopper: Stopper, statement: str
+    stopper: Stopper, tasks: int, statement: str
 ) -> None:
     database = stopper.database
     with held(database, 7):
-        wake_and_stop(stopper, statement)
+        wake_and_stop(stopper, tasks, statement)
         id = database.insert("SELECT 1", group="in between", delete=False)
         stopper.go_on()
         assert database.wait(id, timeout=10)["state"] == "DONE"
 
 
-@pytest.mark.parametrize("statement", [LOCK, TAKE, NEXT])
-def test_plan_that_comes_between_two_steps_of_falling_asleep_is_met(stopper: Stopper, statement: str) -> None:
+@pytest.mark.parametrize(("tasks", "statement"), [step for step in STEPS if UNLOCK not in step])
+def test_plan_that_comes_between_two_steps_of_falling_asleep_is_met(
+    stopper: Stopper, tasks: int, statement: str
+) -> None:
     """The next moment is looked for after the instant of the take."""
     database = stopper.database
     id = database.insert("SELECT 1", group="planned", plan="2100-01-01", delete=False)
@@ -95,7 +110,7 @@ def test_plan_that_comes_between_two_steps_of_falling_asleep_is_met(stopper: Sto
     database.execute("ALTER TABLE task DISABLE TRIGGER pgtask_move")
     with held(database, 7):
         database.execute("UPDATE task SET plan = clock_timestamp() + interval '1 s' WHERE id = %s", [id])
-        wake_and_stop(stopper, statement)
+        wake_and_stop(stopper, tasks, statement)
         due = "SELECT plan < clock_timestamp() FROM task WHERE id = %s"
         eventually(lambda: database.execute(due, [id]) == [(True,)])
         stopper.go_on()

@@ -82,7 +82,7 @@ def takes_over(database: Database, one: Master, input: str = ASK) -> str:
     row = database.wait(database.insert(input, delete=False))
     assert {row["pid"]} == before, one.log()
     assert (row["state"], row["attempt"]) == ("DONE", 1)
-    assert one.logged(rf"worker_forked .*backend={row['pid']}")
+    one.wait_log(rf"worker_forked .*backend={row['pid']}\b")
     return str(row["output"])
 
 

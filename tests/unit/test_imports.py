@@ -13,6 +13,8 @@ LAYERS = (
     {"cli"},
     {"master"},
     {"poller"},
+    {"sleeper"},
+    {"taker"},
     {"mender", "warm"},
     {"pool", "maintenance", "async_session", "outage"},
     {"worker"},
