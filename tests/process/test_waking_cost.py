@@ -3,32 +3,16 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import pytest
-
-from pgtask import embedded
 from tests.fixtures.catalog import install
 from tests.fixtures.database import Database
 from tests.fixtures.locks import passes, transactions
 from tests.fixtures.master import Master
 from tests.fixtures.processes import cpu_seconds
-from tests.fixtures.server import start_server
 from tests.fixtures.wait import eventually
 
 CLIENTS = 8
-
-
-@pytest.fixture(scope="module")
-def talkative_server() -> Iterator[embedded.Server]:
-    """A server that logs every statement with who sent it."""
-    with start_server(log_statement="all", log_line_prefix="%a|%d|") as started:
-        yield started
-
-
-@pytest.fixture
-def talkative(talkative_server: embedded.Server, new_database: Callable[..., Database]) -> Database:
-    return new_database(on=talkative_server)
 
 
 def looks(database: Database) -> int:
@@ -77,16 +61,15 @@ def test_stranger_who_floods_the_channel_costs_few_looks_and_delays_nobody(
     stranger, name = talkative.connect(), channel(talkative)
     talkative.wait(talkative.insert("SELECT 1", delete=False))
     before, since, sent = looks(talkative), time.monotonic(), 0
-    while time.monotonic() - since < 1.5:
+    while time.monotonic() - since < 1.5 or sent < 1000:
         stranger.execute(f"NOTIFY {name}".encode())
         sent += 1
     spent = time.monotonic() - since
-    assert sent > 300
     assert looks(talkative) - before < 150 * spent
     for _ in range(5):
         stranger.execute(f"NOTIFY {name}".encode())
         id = talkative.insert("SELECT 1", delete=False)
-        assert talkative.wait(id, timeout=5)["state"] == "DONE"
+        assert talkative.wait(id)["state"] == "DONE"
 
 
 def test_many_tables_that_are_polled_cost_less_than_half_a_core(
@@ -104,7 +87,7 @@ def test_many_tables_that_are_polled_cost_less_than_half_a_core(
     eventually(lambda: transactions(database) - polls > 8 * 5 * spent)
     for table in tables[::4]:
         database.table = table
-        assert database.wait(database.insert("SELECT 1", delete=False), timeout=10)["state"] == "DONE"
+        assert database.wait(database.insert("SELECT 1", delete=False))["state"] == "DONE"
 
 
 def test_many_groups_with_one_task_each_need_no_more_workers_than_there_may_be(

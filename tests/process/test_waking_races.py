@@ -5,31 +5,22 @@ away.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 from psycopg import sql
 
-from pgtask import embedded
 from tests.fixtures.database import Database
-from tests.fixtures.locks import held, passes
+from tests.fixtures.locks import falls_asleep, held, passes
 from tests.fixtures.master import Master
 from tests.fixtures.proxy import Proxy
-from tests.fixtures.server import start_server
 from tests.fixtures.wait import eventually
 
 LOCK = "SELECT pg_try_advisory_lock($1::oid::int, -1)"
 UNLOCK = "SELECT pg_advisory_unlock("
 TAKE = "WITH RECURSIVE instant AS"
 NEXT = "SELECT date_part"
-
-
-@pytest.fixture(scope="module")
-def talkative_server() -> Iterator[embedded.Server]:
-    """A server that logs every statement with who sent it."""
-    with start_server(log_statement="all", log_line_prefix="%a|%d|") as started:
-        yield started
 
 
 @dataclass
@@ -51,19 +42,13 @@ class Stopper:
 
 
 @pytest.fixture
-def stopper(
-    talkative_server: embedded.Server,
-    new_database: Callable[..., Database],
-    new_proxy: Callable[..., Proxy],
-    master: Callable[..., Master],
-) -> Stopper:
-    database = new_database(on=talkative_server)
-    proxy = new_proxy(database.tcp)
+def stopper(talkative: Database, new_proxy: Callable[..., Proxy], master: Callable[..., Master]) -> Stopper:
+    proxy = new_proxy(talkative.tcp)
     master("--safety", "1h", "--sleep", "1h", proxy.conninfo, tables=1)
     for n in range(2):  # so that every statement has been prepared
-        database.wait(database.insert("SELECT 1", group=str(n % 2), delete=False))
-        passes(0.1)
-    return Stopper(database, proxy)
+        talkative.wait(talkative.insert("SELECT 1", group=str(n % 2), delete=False))
+        falls_asleep(talkative)
+    return Stopper(talkative, proxy)
 
 
 def wake_and_stop(stopper: Stopper, statement: str) -> None:
@@ -82,7 +67,7 @@ def test_insert_that_comes_between_two_steps_of_falling_asleep_or_waking_is_foun
         wake_and_stop(stopper, statement)
         id = database.insert("SELECT 1", group="in between", delete=False)
         stopper.go_on()
-        assert database.wait(id, timeout=10)["state"] == "DONE"
+        assert database.wait(id)["state"] == "DONE"
 
 
 @pytest.mark.parametrize("statement", [LOCK, TAKE, NEXT])
@@ -90,7 +75,7 @@ def test_plan_that_comes_between_two_steps_of_falling_asleep_is_met(stopper: Sto
     """The next moment is looked for after the instant of the take."""
     database = stopper.database
     id = database.insert("SELECT 1", group="planned", plan="2100-01-01", delete=False)
-    passes(0.3)
+    falls_asleep(database)
     # Without a word to the master.
     database.execute("ALTER TABLE task DISABLE TRIGGER pgtask_move")
     with held(database, 7):
@@ -99,7 +84,7 @@ def test_plan_that_comes_between_two_steps_of_falling_asleep_is_met(stopper: Sto
         due = "SELECT plan < clock_timestamp() FROM task WHERE id = %s"
         eventually(lambda: database.execute(due, [id]) == [(True,)])
         stopper.go_on()
-        assert database.wait(id, timeout=10)["state"] == "DONE"
+        assert database.wait(id)["state"] == "DONE"
 
 
 def test_due_row_that_was_locked_while_the_master_went_from_group_to_group_is_found(
@@ -124,5 +109,5 @@ def test_due_row_that_was_locked_while_the_master_went_from_group_to_group_is_fo
             passes(0.6)
             database.execute(full)
             passes(1)
-        assert database.wait(id, timeout=10)["state"] == "DONE"
+        assert database.wait(id)["state"] == "DONE"
         database.execute("DELETE FROM task WHERE \"group\" = 'full' AND state = 'PLAN'")
