@@ -157,6 +157,9 @@ def test_run_bounds_a_table(database: Database, master: Callable[..., Master]) -
     assert len(one.logged("worker_forked")) <= 4
 
 
+LEFT = "SELECT count(*) > 50 FROM task WHERE state = 'PLAN'"
+
+
 def hog(database: Database, groups: int) -> None:
     """More work than there is room for, which takes half a minute: 900 runs of 50 ms, in so many groups."""
     database.execute(
@@ -175,7 +178,7 @@ def test_table_that_has_all_workers_makes_room_for_another(
     hog(database, groups)
     for _ in range(3):
         runs(other)
-    assert database.execute("SELECT count(*) > 50 FROM task") == [(True,)], "it waited for all of the other's"
+    assert database.execute(LEFT) == [(True,)], "it waited for all of the hog's"
     database.execute("DELETE FROM task WHERE state = 'PLAN'")
     eventually(lambda: database.execute("SELECT count(*) FROM task WHERE state IN ('TAKE', 'WORK')") == [(0,)])
     assert len(one.logged("worker_forked")) < 40
@@ -203,7 +206,7 @@ def test_long_run_does_not_keep_the_others_from_making_room(
     database.wait(long, "WORK")
     hog(database, 1)
     runs(other)
-    assert database.execute("SELECT count(*) > 50 FROM task WHERE state = 'PLAN'") == [(True,)], "it waited for all"
+    assert database.execute(LEFT) == [(True,)], "it waited for all of the hog's"
     database.execute("DELETE FROM task")
 
 
