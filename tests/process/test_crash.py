@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from tests.fixtures.database import Database
-from tests.fixtures.locks import held
+from tests.fixtures.locks import WAIT, held
 from tests.fixtures.master import Master
 from tests.fixtures.processes import processes
 from tests.fixtures.wait import eventually
@@ -21,12 +21,6 @@ ONCE = (
     " THEN pg_sleep(600) END"
 )
 """The first run is long, to be killed; the next one ends at once."""
-
-
-KEY = 729
-"""The advisory lock that a run waits for, so that the test says when it ends."""
-
-HELD = f"SELECT pg_advisory_xact_lock_shared({KEY})"
 
 
 def backend(database: Database, pid: int) -> bool:
@@ -188,8 +182,8 @@ def test_master_whose_session_is_ended_connects_again_and_disturbs_no_run(
     database: Database, master: Callable[..., Master]
 ) -> None:
     one = master("--linger", "1min", database.conninfo, tables=1)
-    with held(database, KEY):
-        id = database.insert(HELD, delete=False)
+    with held(database):
+        id = database.insert(WAIT, delete=False)
         database.wait(id, "WORK")
         workers = one.workers()
         query = (
@@ -213,8 +207,8 @@ def test_workers_of_a_killed_master_end_their_run_record_it_and_exit(
 ) -> None:
     one = master(database.conninfo)
     one.expect_exit = -SIGKILL
-    with held(database, KEY):
-        ids = [database.insert(f"{HELD}, 'ended'", group=f"g{n}", delete=False) for n in range(3)]
+    with held(database):
+        ids = [database.insert(f"{WAIT}, 'ended'", group=f"g{n}", delete=False) for n in range(3)]
         waiting = database.insert("SELECT 1", group="g0", delete=False)
         for id in ids:
             database.wait(id, "WORK")
@@ -236,8 +230,8 @@ def test_next_master_carries_on_beside_the_runs_of_the_killed_one(
 ) -> None:
     one = master(database.conninfo)
     one.expect_exit = -SIGKILL
-    with held(database, KEY):
-        long = database.insert(HELD, group="g", delete=False)
+    with held(database):
+        long = database.insert(WAIT, group="g", delete=False)
         database.wait(long, "WORK")
         next_one = database.insert("SELECT 1", group="g", delete=False)
         one.process.kill()

@@ -10,7 +10,7 @@ from signal import SIGHUP, SIGINT, SIGKILL, SIGQUIT, SIGTERM, SIGUSR1, Signals
 import pytest
 
 from tests.fixtures.database import Database
-from tests.fixtures.locks import held
+from tests.fixtures.locks import WAIT, held
 from tests.fixtures.master import Master
 from tests.fixtures.processes import processes
 from tests.fixtures.wait import eventually
@@ -28,12 +28,6 @@ def long_run(database: Database, input: str = "SELECT pg_sleep(600)", **columns:
     return id
 
 
-KEY = 728
-"""The advisory lock that a run waits for, so that the test says when it ends."""
-
-HELD = f"SELECT pg_advisory_xact_lock_shared({KEY})"
-
-
 def is_quick(since: float) -> None:
     """Nobody waited for a run, nor for `stop_timeout`, which is 30 s."""
     assert time.monotonic() - since < 15
@@ -47,8 +41,8 @@ def is_back(database: Database, id: int) -> bool:
 
 def test_term_lets_runs_end_and_takes_nothing_more(database: Database, master: Callable[..., Master]) -> None:
     one = master(database.conninfo)
-    with held(database, KEY):
-        id = long_run(database, HELD)
+    with held(database):
+        id = long_run(database, WAIT)
         waiting = database.insert("SELECT 1")
         one.signal(SIGTERM)
         one.wait_log("stopping")
@@ -125,8 +119,8 @@ def test_harsher_signal_cuts_a_gentle_stop_short(database: Database, master: Cal
 
 def test_gentler_or_repeated_signal_changes_nothing(database: Database, master: Callable[..., Master]) -> None:
     one = master("--stop-timeout", "60s", database.conninfo, tables=1)
-    with held(database, KEY):
-        id = long_run(database, HELD)
+    with held(database):
+        id = long_run(database, WAIT)
         one.signal(SIGTERM)
         one.wait_log("stopping")
         one.signal(SIGTERM)
@@ -142,8 +136,8 @@ def test_quit_leaves_at_once_and_workers_record_their_runs_by_themselves(
     database: Database, master: Callable[..., Master]
 ) -> None:
     one = master(database.conninfo)
-    with held(database, KEY):
-        id = long_run(database, HELD)
+    with held(database):
+        id = long_run(database, WAIT)
         workers = one.workers()
         assert one.stop(SIGQUIT) == 0
         assert database.task(id)["state"] == "WORK"  # type: ignore[index]
@@ -154,8 +148,8 @@ def test_quit_leaves_at_once_and_workers_record_their_runs_by_themselves(
 
 def test_quit_during_a_gentle_stop_leaves_at_once(database: Database, master: Callable[..., Master]) -> None:
     one = master(database.conninfo)
-    with held(database, KEY):
-        id = long_run(database, HELD)
+    with held(database):
+        id = long_run(database, WAIT)
         one.signal(SIGTERM)
         one.wait_log("stopping")
         since = time.monotonic()
@@ -227,8 +221,8 @@ def test_stop_does_not_wait_for_a_server_that_does_not_answer(
 
 def test_term_to_a_worker_ends_it_after_its_run(database: Database, master: Callable[..., Master]) -> None:
     one = master(database.conninfo)
-    with held(database, KEY):
-        id = long_run(database, HELD)
+    with held(database):
+        id = long_run(database, WAIT)
         following = database.insert("SELECT 1", delete=False)
         [worker] = one.workers()
         os.kill(worker, SIGTERM)
@@ -257,8 +251,8 @@ def test_reload_adds_removes_and_changes_tables_without_touching_runs(
     second, third = new_database(), new_database()
     one = master(config=entry(database) + entry(second))
     file = tmp_path / "master0.toml"
-    with held(database, KEY), held(second, KEY):
-        here, there = long_run(database, HELD), long_run(second, HELD)
+    with held(database), held(second):
+        here, there = long_run(database, WAIT), long_run(second, WAIT)
         file.write_text(entry(database, "run = 7") + entry(third))
         one.signal(SIGHUP)
         one.wait_log("reloaded tables=2")
@@ -282,8 +276,8 @@ def test_table_that_is_removed_and_added_while_its_run_goes_on_is_served_again(
     second = new_database()
     one = master(config=entry(database) + entry(second))
     file = tmp_path / "master0.toml"
-    with held(second, KEY):
-        id = long_run(second, HELD)
+    with held(second):
+        id = long_run(second, WAIT)
         for text, count in ((entry(database), 1), (entry(database) + entry(second), 2)):
             file.write_text(text)
             one.signal(SIGHUP)
@@ -297,8 +291,8 @@ def test_bad_file_changes_nothing(database: Database, master: Callable[..., Mast
     one = master(config=entry(database))
     one.may_log_errors = True
     file = tmp_path / "master0.toml"
-    with held(database, KEY):
-        id = long_run(database, HELD)
+    with held(database):
+        id = long_run(database, WAIT)
         bad = ("nonsense", "[master]\nworker = 3\n", '[master]\nlog = "/nowhere/at/all"\n', None)
         for count, text in enumerate(bad, 1):
             file.write_text(text) if text else file.unlink()

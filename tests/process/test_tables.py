@@ -10,15 +10,12 @@ import pytest
 
 from pgtask import embedded
 from tests.fixtures.database import Database
-from tests.fixtures.locks import held
+from tests.fixtures.locks import WAIT, held
 from tests.fixtures.master import Master
 from tests.fixtures.wait import eventually
 
-KEY = 730
-"""An advisory lock that runs wait for."""
-
 CROWD = f"""INSERT INTO task (input, "group", delete)
-    SELECT 'SELECT pg_advisory_xact_lock_shared({KEY}), pg_sleep(0.01)', n::text, false
+    SELECT '{WAIT}, pg_sleep(0.01)', n::text, false
     FROM generate_series(1, 20) AS n"""
 
 
@@ -131,7 +128,7 @@ def test_workers_bounds_all_tables_together(
         most = max(most, len(one.children()))
         return all(place.execute("SELECT count(*) FROM task WHERE state <> 'DONE'") == [(0,)] for place in places)
 
-    with held(places[0], KEY), held(places[1], KEY), held(places[2], KEY):
+    with held(places[0]), held(places[1]), held(places[2]):
         for place in places:
             place.execute(CROWD)
         eventually(lambda: not all_done() and most >= 4)
@@ -149,7 +146,7 @@ def test_run_bounds_a_table(database: Database, master: Callable[..., Master]) -
         most = max(most, working)
         return database.execute("SELECT count(*) FROM task WHERE state <> 'DONE'") == [(0,)]
 
-    with held(database, KEY):
+    with held(database):
         database.execute(CROWD)
         eventually(lambda: not all_done() and most >= 2)
     eventually(all_done)
@@ -188,8 +185,8 @@ def test_group_that_drains_newer_rows_makes_room_for_an_older_one_of_another(
     database: Database, master: Callable[..., Master]
 ) -> None:
     master("--workers", "1", database.conninfo, tables=1)
-    with held(database, KEY):
-        first = database.insert(f"SELECT pg_advisory_xact_lock({KEY})", group="hog", delete=False)
+    with held(database):
+        first = database.insert(WAIT, group="hog", delete=False)
         database.wait(first, "WORK")
         other = database.insert("SELECT 1", group="other", delete=False)
         ids = [database.insert("SELECT 1", group="hog", delete=False) for _ in range(20)]

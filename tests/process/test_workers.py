@@ -9,14 +9,10 @@ from signal import SIGINT
 import pytest
 
 from tests.fixtures.database import Database
+from tests.fixtures.locks import KEY, WAIT
 from tests.fixtures.master import Master
 from tests.fixtures.processes import descriptors, processes
 from tests.fixtures.wait import eventually
-
-HOLD = 726
-"""The advisory lock that tasks wait for, so that a test says how long they run."""
-
-WAIT = f"SELECT pg_advisory_xact_lock_shared({HOLD})"
 
 
 class Gate:
@@ -24,7 +20,7 @@ class Gate:
 
     def __init__(self, database: Database) -> None:
         self._session = database.connect()
-        self._session.execute("SELECT pg_advisory_lock(%s)", [HOLD])
+        self._session.execute("SELECT pg_advisory_lock(%s)", [KEY])
 
     def open(self) -> None:
         self._session.execute("SELECT pg_advisory_unlock_all()")
