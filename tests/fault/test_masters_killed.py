@@ -10,7 +10,7 @@ from tests.fixtures.ledger import Ledger
 from tests.fixtures.master import Master
 from tests.fixtures.wait import eventually
 
-SERVED = "SELECT FROM task AS t, task_master AS m WHERE t.start > m.since LIMIT 1"
+SERVED = "SELECT 1 FROM task AS t, task_master AS m WHERE t.start > m.since LIMIT 1"
 """Has the new master begun to?"""
 
 
