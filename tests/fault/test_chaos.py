@@ -91,7 +91,7 @@ def test_interrupted_it_prints_what_there_is_and_leaves_nothing_running(temporar
 
 def test_help_explains_every_scenario(temporary: Path) -> None:
     with started(temporary, "--help") as chaos:
-        text = chaos.communicate(timeout=20)[0]
+        text = chaos.communicate(timeout=60)[0]
     for name in ("workers", "master", "standby", "backends", "backend_crash", "server", "postmaster", "mixed"):
         assert re.search(rf"^ +{name}: \w+", text, re.MULTILINE)
 

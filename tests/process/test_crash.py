@@ -279,7 +279,7 @@ def test_killed_workers_of_a_busy_table_lose_no_task(database: Database, master:
                 kills += 1
         return database.execute("SELECT count(*) FROM task WHERE state <> 'DONE'") == [(0,)]
 
-    eventually(all_done, timeout=40, every=0.05)
+    eventually(all_done, timeout=60, every=0.05)
     assert database.execute("SELECT count(*), count(DISTINCT id) FROM effect") == [(300, 300)]
 
 

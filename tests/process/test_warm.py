@@ -7,7 +7,6 @@ import select
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from signal import SIGHUP, SIGKILL
@@ -20,6 +19,7 @@ from pgtask.objects import Names
 from pgtask.worker import Spec
 from tests.fixtures.database import Database
 from tests.fixtures.hostile import PEM
+from tests.fixtures.locks import passes
 from tests.fixtures.master import Master
 from tests.fixtures.processes import descriptors, frozen
 from tests.fixtures.wait import eventually
@@ -143,7 +143,7 @@ def test_sessions_end_with_a_master_that_is_killed(database: Database, master: S
     ready(database, 3)
     one.expect_exit = -SIGKILL
     one.stop(SIGKILL)
-    eventually(lambda: not waiting(database), timeout=5)
+    eventually(lambda: not waiting(database))
 
 
 def test_session_that_the_server_ended_is_replaced_without_a_word(database: Database, master: Start) -> None:
@@ -224,7 +224,7 @@ def test_session_that_waits_says_nothing(database: Database, master: Start) -> N
     ready(database, 2)
     query = "SELECT pid, state_change FROM pg_stat_activity WHERE application_name = 'pgtask warm' AND datname = %s"
     before = database.admin_execute(query, [database.name])
-    time.sleep(1)
+    passes(1)
     assert database.admin_execute(query, [database.name]) == before
 
 
