@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
         del os.environ[name]
     if "PGTASK_TEST_DSN" not in os.environ:
         check_version(os.environ.get("PGTASK_TEST_PG"))
-    if "TMPDIR" not in os.environ and has_room(MEMORY):
+    if "TMPDIR" not in os.environ and usable(MEMORY):
         os.environ["TMPDIR"] = tempfile.tempdir = MEMORY
     # `timeout bin/test` and the like: leave by the door, so that servers and masters are stopped. A shell that starts
     # us in the background has INT ignored, and what we start would inherit that.
@@ -48,9 +48,11 @@ def check_version(wanted: str | None) -> None:
         raise pytest.UsageError(str(error)) from None
 
 
-def has_room(directory: str) -> bool:
+def usable(directory: str) -> bool:
+    """Is there room in it, also for programs?"""
     try:
         found = os.statvfs(directory)
     except OSError:
         return False
-    return os.access(directory, os.W_OK) and found.f_bavail * found.f_frsize >= ROOM
+    open_to_us = os.access(directory, os.W_OK) and not found.f_flag & os.ST_NOEXEC
+    return open_to_us and found.f_bavail * found.f_frsize >= ROOM

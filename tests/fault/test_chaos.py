@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ KIND = {kind.name: kind for kind in KINDS}
 @pytest.fixture
 def temporary() -> Iterator[Path]:
     """Where the program makes its directories; a short path, since sockets lie in it."""
-    directory = Path(f"/tmp/chaos-{os.getpid()}")
+    directory = Path(tempfile.gettempdir(), f"chaos-{os.getpid()}")
     directory.mkdir()
     directory.chmod(0o777)
     yield directory

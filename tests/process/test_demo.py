@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ DEMO = (sys.executable, "-m", "pgtask.demo")
 @pytest.fixture
 def temporary(tmp_path: Path) -> Iterator[Path]:
     """Where the demonstration makes its directories; a short path, since sockets lie in it."""
-    directory = Path(f"/tmp/demo-{os.getpid()}")
+    directory = Path(tempfile.gettempdir(), f"demo-{os.getpid()}")
     directory.mkdir(mode=0o777)
     directory.chmod(0o777)
     yield directory

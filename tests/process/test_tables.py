@@ -9,7 +9,7 @@ import pytest
 
 from pgtask import embedded
 from tests.fixtures.database import Database
-from tests.fixtures.locks import WAIT, held, passes
+from tests.fixtures.locks import WAIT, falls_asleep, held, passes
 from tests.fixtures.master import Master
 from tests.fixtures.wait import eventually
 
@@ -189,6 +189,7 @@ def test_group_that_drains_newer_rows_makes_room_for_an_older_one_of_another(
         database.wait(first, "WORK")
         other = database.insert("SELECT 1", group="other", delete=False)
         ids = [database.insert("SELECT 1", group="hog", delete=False) for _ in range(20)]
+        falls_asleep(database)  # it has seen who waits, and told the worker
     row = database.wait(other)
     assert all(row["start"] <= database.wait(id)["start"] for id in ids)
 
