@@ -18,8 +18,8 @@ LOCKED = "UPDATE held SET x = x + 1"
 STUBBORN = "DO $$BEGIN LOOP BEGIN PERFORM pg_sleep(600); EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP; END$$"
 UNTOUCHED = """SELECT DISTINCT state::text, attempt, pid, start, stop, error, code, output FROM task"""
 OURS = "SELECT pid FROM pg_stat_activity WHERE datname = %s AND application_name LIKE 'pgtask%%'"
-SLACK = 4
-"""Seconds that a slow machine may add to the two that a stop takes at most."""
+SLACK = 20
+"""Seconds that a slow and busy machine may add to the two that a stop takes at most."""
 
 
 def queue(database: Database, input: str, count: int) -> None:

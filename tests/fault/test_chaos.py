@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ KIND = {kind.name: kind for kind in KINDS}
 @pytest.fixture
 def temporary() -> Iterator[Path]:
     """Where the program makes its directories; a short path, since sockets lie in it."""
-    directory = Path(f"/tmp/chaos-{os.getpid()}")
+    directory = Path(tempfile.gettempdir(), f"chaos-{os.getpid()}")
     directory.mkdir()
     directory.chmod(0o777)
     yield directory
@@ -91,7 +92,7 @@ def test_interrupted_it_prints_what_there_is_and_leaves_nothing_running(temporar
 
 def test_help_explains_every_scenario(temporary: Path) -> None:
     with started(temporary, "--help") as chaos:
-        text = chaos.communicate(timeout=20)[0]
+        text = chaos.communicate(timeout=60)[0]
     for name in ("workers", "master", "standby", "backends", "backend_crash", "server", "postmaster", "mixed"):
         assert re.search(rf"^ +{name}: \w+", text, re.MULTILINE)
 

@@ -120,26 +120,26 @@ def go_deaf(name: str, case: Case) -> None:
 
 
 def test_master_that_waits_notices_within_seconds_and_the_server_ends_its_session(scene: Scene) -> None:
-    case = scene.settled("waiting", 40)
+    case = scene.settled("waiting", 90)
     assert len(scene.logged("waiting", "table_down")) == 1
     assert len(scene.logged("waiting", "table_up")) == 1
     assert case.masters() == 1
 
 
 def test_run_of_a_deaf_worker_is_undone_and_repeated(scene: Scene) -> None:
-    case = scene.settled("running", 40)
+    case = scene.settled("running", 90)
     assert case.database.tasks()[0]["attempt"] == 2
     assert len(scene.logged("running", "run_lost")) == 1
     assert scene.logged("running", "table_down") == []
 
 
 def test_worker_that_is_deaf_before_its_commit_has_done_nothing(scene: Scene) -> None:
-    case = scene.settled("before the commit", 40)
+    case = scene.settled("before the commit", 90)
     assert [row["attempt"] for row in case.database.tasks()] == [2, 1]
 
 
 def test_worker_that_is_deaf_after_its_commit_gives_its_slot_back(scene: Scene) -> None:
-    case = scene.settled("after the commit", 40)
+    case = scene.settled("after the commit", 90)
     assert case.database.tasks()[0]["attempt"] == 1
 
 

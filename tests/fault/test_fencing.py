@@ -72,14 +72,14 @@ def test_run_whose_row_was_taken_away_is_undone_and_leaves_the_row_alone(
         words = {"id": id, "other": other.info.backend_pid}
         behind_its_back(database, *(statement.format(**words) for statement in statements))
         before = database.tasks(f"id IN ({id}, -{id})")
-    base.master.wait_log(rf"run_disowned id={id}\b", timeout=10)
+    base.master.wait_log(rf"run_disowned id={id}\b")
     after = database.tasks(f"id IN ({id}, -{id})")
     for row in (*before, *after):
         row.pop("stop")  # of a stopped row: when its run ended
         row.pop("error")
     assert (after, effects(database, mark)) == (before, 0)
     database.execute(f"DELETE FROM task WHERE id IN ({id}, -{id})")  # which may hold the group's slot
-    assert database.wait(following, timeout=10)["state"] == "DONE"
+    assert database.wait(following)["state"] == "DONE"
 
 
 def test_run_that_is_not_atomic_and_lost_its_row_says_nothing_in_it(base: Served) -> None:
@@ -95,10 +95,10 @@ def test_run_that_is_not_atomic_and_lost_its_row_says_nothing_in_it(base: Served
             f" pid = {other.info.backend_pid} WHERE id = {id}",
         )
         before = database.task(id)
-    base.master.wait_log(rf"run_disowned id={id}\b", timeout=10)
+    base.master.wait_log(rf"run_disowned id={id}\b")
     assert database.task(id) == before
     database.execute("DELETE FROM task WHERE id = %s", [id])
-    assert database.wait(following, timeout=10)["state"] == "DONE"
+    assert database.wait(following)["state"] == "DONE"
 
 
 def test_row_that_was_rescued_and_taken_again_is_finished_by_its_new_run_only(base: Served) -> None:
@@ -139,6 +139,7 @@ def test_deposed_master_begins_nothing_notices_and_leads_anew(
     ledger.fill(40, groups=4, ms=5)
     eventually(lambda: ledger.finished() > 4)
     deposed(database)
+    ledger.fill(4)  # there is something left to begin
     ledger.settled()
     assert len(one.logged(r"\bleading\b")) >= 2, "it went on under a term that is not its own"
     assert len(one.logged(r"table_down.*term")) == 1

@@ -6,21 +6,13 @@ import psycopg
 import pytest
 
 from tests.fixtures.database import Database
-from tests.fixtures.locks import held, passes, wait_runs
+from tests.fixtures.locks import ASLEEP, falls_asleep, held, passes, wait_runs
 from tests.fixtures.master import Master
 from tests.fixtures.wait import eventually
 
 Start = Callable[..., Master]
 
-ASLEEP = """SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted
-    AND objid = 4294967295 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
-
 WAKE = "SELECT tgenabled::text FROM pg_trigger WHERE tgrelid = 'task'::regclass AND tgname = 'pgtask_wake'"
-
-
-def falls_asleep(database: Database) -> int:
-    """The master's backend, once it sleeps and listens."""
-    return int(eventually(lambda: database.execute(ASLEEP))[0][0])
 
 
 def test_row_is_found_by_the_safety_poll_when_the_trigger_is_dropped_in_its_sleep(
@@ -31,7 +23,7 @@ def test_row_is_found_by_the_safety_poll_when_the_trigger_is_dropped_in_its_slee
     database.execute("DROP TRIGGER pgtask_wake ON task; DROP TRIGGER pgtask_move ON task")
     for n in range(2):
         falls_asleep(database)
-        assert database.wait(database.insert("SELECT 1", group=f"g{n}", delete=False), timeout=10)["state"] == "DONE"
+        assert database.wait(database.insert("SELECT 1", group=f"g{n}", delete=False))["state"] == "DONE"
     database.admin_execute("SELECT pg_terminate_backend(%s)", [backend])
     one.wait_log(r"\bleading\b", count=2)
     assert database.execute(WAKE) == [("O",)]
@@ -46,7 +38,7 @@ def test_master_that_lost_its_session_in_its_sleep_hears_what_came_meanwhile(dat
         with database.connect(database.admin) as session:
             session.execute("SELECT pg_terminate_backend(%s)", [backend])
         id = database.insert("SELECT 1", group=f"g{n}", delete=False)
-        assert database.wait(id, timeout=15)["state"] == "DONE"
+        assert database.wait(id)["state"] == "DONE"
     assert one.process.poll() is None
 
 
@@ -70,7 +62,7 @@ def test_prepared_insert_fails_in_the_client_while_the_master_sleeps(database: D
         prepare(database, "asleep")
     assert database.tasks() == []
     assert database.execute("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()") == []
-    assert database.wait(database.insert("SELECT 1", delete=False), timeout=10)["state"] == "DONE"
+    assert database.wait(database.insert("SELECT 1", delete=False))["state"] == "DONE"
 
 
 def test_prepared_insert_keeps_a_master_awake_that_was_awake(database: Database, master: Start) -> None:
@@ -84,9 +76,9 @@ def test_prepared_insert_keeps_a_master_awake_that_was_awake(database: Database,
     id = eventually(lambda: prepared_while_awake(database))
     passes(0.3)
     assert database.execute(ASLEEP) == []
-    assert database.wait(database.insert("SELECT 1", group="another", delete=False), timeout=10)["state"] == "DONE"
+    assert database.wait(database.insert("SELECT 1", group="another", delete=False))["state"] == "DONE"
     database.execute(f"COMMIT PREPARED '{database.name} awake'")
-    assert database.wait(id, timeout=10)["state"] == "DONE"
+    assert database.wait(id)["state"] == "DONE"
 
 
 def prepared_while_awake(database: Database) -> int:
@@ -104,13 +96,13 @@ def test_prepared_inserts_work_without_wake_and_start_when_they_are_committed(
     master("--no-wake", "--sleep", "50ms", database.conninfo, tables=1)
     first, second, third = (prepare(database, name) for name in ("first", "second", "third"))
     database.execute(f"COMMIT PREPARED '{database.name} first'")
-    assert database.wait(first, timeout=10)["state"] == "DONE"
+    assert database.wait(first)["state"] == "DONE"
     passes(0.5)
     assert database.task(second) is None
-    assert database.wait(database.insert("SELECT 1", group="another", delete=False), timeout=10)["state"] == "DONE"
+    assert database.wait(database.insert("SELECT 1", group="another", delete=False))["state"] == "DONE"
     database.execute(f"COMMIT PREPARED '{database.name} second'")
     database.execute(f"ROLLBACK PREPARED '{database.name} third'")
-    row = database.wait(second, timeout=10)
+    row = database.wait(second)
     assert (row["state"], row["attempt"]) == ("DONE", 1)
     assert database.task(third) is None
 

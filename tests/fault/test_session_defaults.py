@@ -46,6 +46,10 @@ SETTINGS: dict[str, list[str]] = {
 }
 
 
+PATIENT = "-c idle_session_timeout=0 -c idle_in_transaction_session_timeout=0"
+"""For a session of the test's own, which may have to wait for the processor."""
+
+
 @dataclass
 class Fleet:
     databases: dict[str, Database]
@@ -102,7 +106,7 @@ def odd(request: pytest.FixtureRequest, fleet: Fleet) -> Database:
 
 def queue(database: Database, input: str, count: int, columns: str = "", values: str = "") -> list[int]:
     """Rows as the tasks' own role inserts them, with the settings that it has."""
-    with psycopg.connect(database.conninfo, client_encoding="utf8") as session:
+    with psycopg.connect(database.conninfo, client_encoding="utf8", options=PATIENT) as session:
         session.execute("SET TRANSACTION READ WRITE")
         found = session.execute(
             f"""INSERT INTO public.task (input, "group", delete{columns})
@@ -136,7 +140,7 @@ def test_results_and_errors_are_those_of_the_roles_own_session(odd: Database) ->
         " current_setting('statement_timeout'), current_setting('lock_timeout'), current_setting('TimeZone'))"
     )
     [(_, state, output, error, _)] = ended(odd, queue(odd, asked, 1))
-    with psycopg.connect(odd.conninfo) as session:
+    with psycopg.connect(odd.conninfo, options=PATIENT) as session:
         session.execute("SET client_encoding = 'utf8'")
         expected = session.execute(asked.encode()).fetchone()
     assert (state, error, (output,)) == ("DONE", None, expected)
@@ -174,12 +178,11 @@ def test_finish_is_durable_whatever_the_role_or_the_task_says(fleet: Fleet, inpu
 def test_finish_waits_for_a_lock_longer_than_the_role_would(fleet: Fleet) -> None:
     """A run may wait for locks as long as its role lets it; ours wait for as long as we choose."""
     database = fleet.databases["impatient"]
-    patient = "-c idle_session_timeout=0 -c idle_in_transaction_session_timeout=0"
-    gate = database.connect(database.admin, options=patient)
+    gate = database.connect(database.admin, options=PATIENT)
     gate.execute("SELECT pg_advisory_lock(42)")
     [id] = queue(database, "SET lock_timeout = 0; SELECT pg_advisory_xact_lock(42)", 1)
     eventually(lambda: rows(database, WAITING) == [(1,)])
-    with database.connect(database.admin, autocommit=False, options=patient) as other:
+    with database.connect(database.admin, autocommit=False, options=PATIENT) as other:
         other.execute("UPDATE public.task SET data = 'held' WHERE id = %s", [id])
         gate.close()
         eventually(lambda: rows(database, f"{WAITING} AND wait_event = 'transactionid'") == [(1,)])

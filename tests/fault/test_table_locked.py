@@ -85,7 +85,7 @@ def test_locks_that_are_held_for_longer_than_ours_wait_lose_nothing(
         for each, insert in zip(holds, inserts, strict=True):
             each.ledger.wanted += 6
             if each.hold.inserts:
-                insert.result(10)
+                insert.result(60)
         passes(2)
         before = cpu_seconds([one.pid, *one.workers()])
         passes(LONGER - 2)
@@ -94,7 +94,7 @@ def test_locks_that_are_held_for_longer_than_ours_wait_lose_nothing(
         for each in holds:
             each.session.rollback()
         for insert in inserts:
-            insert.result(10)
+            insert.result(60)
     for each in holds:
         each.ledger.settled()
     # Rows that are held keep only themselves: what came later has run meanwhile.

@@ -615,7 +615,7 @@ def test_saved_session_replication_role_loses_no_wake_up(super_base: Served) -> 
     )
     database.wait(id)
     [(following,)] = database.execute("SELECT id FROM task WHERE parent = %s", [id])
-    database.wait(following, timeout=10)
+    database.wait(following)
     database.execute("DELETE FROM task WHERE \"group\" = 'replica' AND state = 'PLAN'")
     eventually(lambda: database.execute("DELETE FROM task WHERE \"group\" = 'replica' RETURNING id"))
 
@@ -812,8 +812,8 @@ def test_table_that_is_dropped_for_good_is_made_again_and_serves(
     with served(server, tmp_path_factory.mktemp("dropped"), setup=SETUP) as one:
         database = one.database
         database.insert("DROP TABLE task; DROP TABLE task_master; COMMIT")
-        one.master.wait_log(r"schema_changed.*create table public\.task\"", 2, timeout=30)
-        one.master.wait_log(r"\bleading\b.*table=", 2, timeout=30)
+        one.master.wait_log(r"schema_changed.*create table public\.task\"", 2)
+        one.master.wait_log(r"\bleading\b.*table=", 2)
         one.then_next("SELECT 1")
         one.master.may_log_errors = True
 

@@ -5,7 +5,6 @@ they are declared, the tests what they do. What they do to each other has files 
 test_groups.py, test_repeat.py and test_extremes.py.
 """
 
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -16,6 +15,7 @@ import pytest
 from psycopg import sql
 
 from tests.fixtures.database import Database
+from tests.fixtures.locks import WAIT, held, passes, wait_runs
 from tests.fixtures.wait import eventually
 
 Run = Callable[..., dict[str, Any]]
@@ -231,10 +231,11 @@ def test_start_and_stop_enclose_the_run(run: Run, served: Database) -> None:
 
 
 def test_stop_is_null_while_it_runs(served: Database) -> None:
-    id = served.insert("SELECT pg_sleep(0.3)", delete=False)
-    row = served.wait(id, "WORK")
-    assert row["start"] is not None
-    assert row["stop"] is None
+    with held(served):
+        id = served.insert(WAIT, delete=False)
+        row = served.wait(id, "WORK")
+        assert row["start"] is not None
+        assert row["stop"] is None
     assert served.wait(id)["stop"] is not None
 
 
@@ -263,9 +264,11 @@ def test_repeated_task_and_one_with_a_pause_are_never_too_late(run: Run, columns
 
 
 def test_task_whose_group_was_full_for_too_long_is_gone(served: Database) -> None:
-    first = served.insert("SELECT pg_sleep(0.5)", group="narrow", delete=False)
-    served.wait(first, "WORK")
-    late = served.insert("SELECT 1", group="narrow", active="100 ms", delete=False)
+    with held(served):
+        first = served.insert(WAIT, group="narrow", delete=False)
+        served.wait(first, "WORK")
+        late = served.insert("SELECT 1", group="narrow", active="100 ms", delete=False)
+        passes(0.15)
     assert served.wait(late)["state"] == "GONE"
     assert served.wait(first)["state"] == "DONE"
 
@@ -367,7 +370,9 @@ def overlap(rows: list[dict[str, Any]]) -> int:
 
 
 def test_max_others_of_the_group_may_run_beside_it(served: Database) -> None:
-    ids = [served.insert("SELECT pg_sleep(0.2)", group="three", max=2, delete=False) for _ in range(6)]
+    with held(served):
+        ids = [served.insert(WAIT, group="three", max=2, delete=False) for _ in range(6)]
+        wait_runs(served, 3)
     assert overlap([served.wait(id) for id in ids]) == 3
 
 
@@ -379,10 +384,10 @@ def test_one_at_a_time_by_default(served: Database) -> None:
 
 
 def test_greater_max_goes_first(served: Database) -> None:
-    blocker = served.insert("SELECT pg_sleep(0.3)", group="rank", delete=False)
-    served.wait(blocker, "WORK")
-    low, high = (served.insert("SELECT 1", group="rank", max=max, delete=False) for max in (0, 0))
-    served.execute("UPDATE task SET max = 5 WHERE id = %s", [high])
+    with held(served):
+        served.wait(served.insert(WAIT, group="rank", delete=False), "WORK")
+        low, high = (served.insert("SELECT 1", group="rank", delete=False) for _ in range(2))
+        served.execute("UPDATE task SET max = 5 WHERE id = %s", [high])
     assert served.wait(high)["start"] <= served.wait(low)["start"]
 
 
@@ -432,7 +437,7 @@ def test_only_plan_is_run(served: Database, state: str) -> None:
 def test_stopped_task_is_not_run_until_it_is_set_back(served: Database) -> None:
     id = served.insert("SELECT 1", plan=sql.SQL("clock_timestamp() + interval '200 ms'"), delete=False)
     served.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
-    time.sleep(0.3)
+    passes(0.3)
     row = served.task(id)
     assert row is not None
     assert (row["state"], row["start"]) == ("STOP", None)
@@ -485,7 +490,7 @@ def test_drift_counts_the_repetition_from_the_end_of_the_run(run: Run, served: D
     [following] = served.tasks(f"parent = {row['id']}")
     later = following["plan"] - timedelta(hours=1)
     if drift:
-        assert timedelta(0) <= later - row["stop"] < timedelta(seconds=1)
+        assert timedelta(0) <= later - row["stop"] < timedelta(minutes=1)
     else:
         assert later == row["plan"]
 
@@ -564,7 +569,9 @@ def test_error_and_code_say_what_went_wrong(run: Run) -> None:
 
 
 def test_groups_run_beside_each_other(served: Database) -> None:
-    ids = [served.insert("SELECT pg_sleep(1.5)", group=group, delete=False) for group in ("a", "b", "c", "A", "")]
+    with held(served):
+        ids = [served.insert(WAIT, group=group, delete=False) for group in ("a", "b", "c", "A", "")]
+        wait_runs(served, 5)
     assert overlap([served.wait(id) for id in ids]) == 5
 
 

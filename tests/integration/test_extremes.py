@@ -10,6 +10,7 @@ import pytest
 from psycopg import sql
 
 from tests.fixtures.database import Database
+from tests.fixtures.locks import WAIT, held
 from tests.fixtures.master import Master
 from tests.fixtures.wait import eventually
 
@@ -137,11 +138,11 @@ def check(serving: Serving, columns: dict[str, Any], expected: tuple[str, ...], 
     id = database.insert(input, **values)
     usual = [database.insert("SELECT 1", delete=False, group=name) for name in ("usual", f"{group} too")]
     for one in usual:
-        assert database.wait(one, timeout=10)["output"] == "1"
-    eventually(lambda: state(database, id) in expected, timeout=10)
+        assert database.wait(one)["output"] == "1"
+    eventually(lambda: state(database, id) in expected)
     if expected != PLANNED and values["group"] == group and not columns.get("max", 0) < 0:
         beside = database.insert("SELECT 2", delete=False, group=group)
-        assert database.wait(beside, timeout=10)["output"] == "2"
+        assert database.wait(beside)["output"] == "2"
     assert master.logged(MISHAPS) == []
     database.execute("DELETE FROM task WHERE state = 'PLAN' AND isfinite(plan) AND repeat > '0'")
 
@@ -184,9 +185,9 @@ def test_extreme_row_is_taken_after_a_usual_one_of_its_group(serving: Serving) -
             sql.SQL(", ").join(v if isinstance(v, sql.Composable) else sql.Literal(v) for v in values.values()),
         )
         [(id,)] = database.execute(query)
-        eventually(lambda id=id, expected=expected: state(database, id) in expected, timeout=10)
+        eventually(lambda id=id, expected=expected: state(database, id) in expected)
         last = database.insert("SELECT 2", delete=False, group=group + " last")
-        assert database.wait(last, timeout=10)["output"] == "2"
+        assert database.wait(last)["output"] == "2"
     assert master.logged(MISHAPS) == []
     database.execute("DELETE FROM task WHERE state = 'PLAN' AND isfinite(plan) AND repeat > '0'")
 
@@ -223,10 +224,11 @@ def test_row_that_nobody_can_begin_does_not_keep_the_one_before_it(serving: Serv
             WHEN (NEW.data = 'poison' AND NEW.state = 'WORK') EXECUTE FUNCTION refuse()
         """
     )
-    before = database.insert("SELECT pg_sleep(0.2)", group="refused", delete=False)
-    database.wait(before, "WORK")
-    poison = database.insert("SELECT 2", group="refused", data="poison", delete=False)
-    assert database.wait(before, timeout=10)["state"] == "DONE"
+    with held(database):
+        before = database.insert(WAIT, group="refused", delete=False)
+        database.wait(before, "WORK")
+        poison = database.insert("SELECT 2", group="refused", data="poison", delete=False)
+    assert database.wait(before)["state"] == "DONE"
     assert database.wait(database.insert("SELECT 1", group="usual", delete=False))["output"] == "1"
     database.execute("DROP TRIGGER refuse ON task")
     assert database.wait(poison)["output"] == "2"
@@ -251,4 +253,4 @@ def test_many_far_plans_do_not_keep_the_next_one_waiting(serving: Serving) -> No
     database.execute("INSERT INTO task (input, plan) SELECT 'SELECT 1', '294276-01-01' FROM generate_series(1, 1000)")
     id = database.insert("SELECT 1", plan=sql.SQL("clock_timestamp() + interval '200 ms'"), delete=False)
     row = database.wait(id)
-    assert (row["start"] - row["plan"]).total_seconds() < 5
+    assert (row["start"] - row["plan"]).total_seconds() < 20

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.fixtures.locks import WAIT, held, wait_runs
 from tests.fixtures.served import Served, served
 from tests.fixtures.server import AnyServer
 from tests.fixtures.wait import eventually
@@ -38,7 +39,7 @@ def test_stop_cancels_the_running_statement_at_once_and_undoes_the_work(base: Se
     started = time.monotonic()
     base.database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
     after = base.database.wait(following)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert after["state"] == "DONE"
     assert json.loads(after["output"]) == base.clean
     row = base.database.task(id)
@@ -58,7 +59,7 @@ def test_delete_cancels_the_running_statement_at_once_and_undoes_the_work(base: 
     started = time.monotonic()
     base.database.execute("DELETE FROM task WHERE id = %s", [id])
     after = base.database.wait(following)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     assert (after["state"], json.loads(after["output"])) == ("DONE", base.clean)
     assert (base.database.task(id), effects(base, mark)) == (None, 0)
 
@@ -135,11 +136,12 @@ def test_task_stopped_while_it_waits_for_a_lock_ends(base: Served) -> None:
 
 def test_stop_that_is_not_committed_yet_is_waited_for(base: Served) -> None:
     database = base.database
-    id = database.insert("INSERT INTO effect VALUES ('uncommitted'); SELECT pg_sleep(0.2)", group="uncommitted")
-    database.wait(id, "WORK")
-    other = database.connect(autocommit=False)
-    other.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
-    eventually(lambda: database.execute("SELECT 1 FROM pg_locks WHERE NOT granted"))
+    with held(database):
+        id = database.insert(f"INSERT INTO effect VALUES ('uncommitted'); {WAIT}", group="uncommitted")
+        wait_runs(database)
+        other = database.connect(autocommit=False)
+        other.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
+    eventually(lambda: database.execute("SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"))
     other.commit()
     base.then_next("SELECT 1", group="uncommitted")
     row = database.task(id)
@@ -158,9 +160,10 @@ def test_stop_of_a_repeated_task_ends_its_chain(base: Served) -> None:
 
 def test_row_set_back_to_plan_while_it_runs_is_run_again_and_the_first_run_undone(base: Served) -> None:
     database = base.database
-    id = database.insert("INSERT INTO effect VALUES ('twice'); SELECT pg_sleep(0.3)", group="twice", delete=False)
-    eventually(lambda: active(base, "twice"))
-    database.execute("UPDATE task SET state = 'PLAN' WHERE id = %s", [id])
+    with held(database):
+        id = database.insert(f"INSERT INTO effect VALUES ('twice'); {WAIT}", group="twice", delete=False)
+        wait_runs(database)
+        database.execute("UPDATE task SET state = 'PLAN' WHERE id = %s", [id])
     row = database.wait(id)
     assert (row["state"], row["attempt"]) == ("DONE", 2)
     base.then_next("SELECT 1", group="after twice")

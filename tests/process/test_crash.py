@@ -1,22 +1,24 @@
 """Nothing is lost: workers, backends and masters are killed in the middle of their work."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
-from signal import SIGINT, SIGKILL, SIGSTOP
+from signal import SIGCONT, SIGINT, SIGKILL, SIGSTOP
 from typing import Any
 
 import psycopg
 import pytest
 
 from tests.fixtures.database import Database
+from tests.fixtures.locks import WAIT, held
 from tests.fixtures.master import Master
 from tests.fixtures.processes import processes
 from tests.fixtures.wait import eventually
 
 ONCE = (
     "SELECT CASE WHEN (SELECT attempt FROM task WHERE id = current_setting('pg_task.id')::bigint) = 1"
-    " THEN pg_sleep(60) END"
+    " THEN pg_sleep(600) END"
 )
 """The first run is long, to be killed; the next one ends at once."""
 
@@ -33,15 +35,13 @@ def test_worker_killed_while_running_is_noticed_at_once_and_its_task_runs_again(
     id = database.insert(ONCE, delete=False)
     pid = database.wait(id, "WORK")["pid"]
     [worker] = one.workers()
-    killed = time.monotonic()
     os.kill(worker, SIGKILL)
-    one.wait_log(rf"worker_ended worker={worker} .*SIGKILL", timeout=1)
-    row = database.wait(id, timeout=5)
-    assert time.monotonic() - killed < 6
+    one.wait_log(rf"worker_ended worker={worker} .*SIGKILL")
+    row = database.wait(id)  # a look for what was lost comes every hour
     assert (row["state"], row["attempt"], row["error"]) == ("DONE", 2, None)
     assert row["pid"] != pid
     assert not backend(database, pid)
-    assert one.children() == one.workers()
+    eventually(lambda: one.children() == one.workers())
 
 
 def test_lost_run_is_told_in_the_row_while_it_waits_and_runs_again(
@@ -78,8 +78,8 @@ def test_run_is_not_rescued_before_the_backend_of_the_dead_worker_is_gone(
     while time.monotonic() - since < 1:
         state, attempt, owner = polls.execute("SELECT state, attempt, pid FROM task").fetchone()  # type: ignore[misc]
         assert (state, attempt, owner) == ("WORK", 1, pid)
-    os.kill(pid, 18)
-    row = database.wait(id, timeout=5)
+    os.kill(pid, SIGCONT)
+    row = database.wait(id)
     assert (row["state"], row["attempt"]) == ("DONE", 2)
 
 
@@ -94,7 +94,7 @@ def test_backend_of_a_dead_worker_is_ended_under_whatever_name_its_task_gave_it(
     database.wait(id, "WORK")
     eventually(lambda: database.admin_execute("SELECT pid FROM pg_stat_activity WHERE application_name = 'other'"))
     os.kill(one.workers()[0], SIGKILL)
-    assert database.wait(id, timeout=5)["state"] == "DONE"
+    assert database.wait(id)["state"] == "DONE"
 
 
 def test_session_of_somebody_else_is_not_ended_with_a_dead_worker(
@@ -181,18 +181,19 @@ def ended_as_far_as_known(database: Database, id: int) -> dict[str, Any]:
 def test_master_whose_session_is_ended_connects_again_and_disturbs_no_run(
     database: Database, master: Callable[..., Master]
 ) -> None:
-    one = master(database.conninfo)
-    id = database.insert("SELECT pg_sleep(1.5)", delete=False)
-    database.wait(id, "WORK")
-    workers = one.workers()
-    query = (
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-        " WHERE application_name = 'pgtask master' AND datname = %s"
-    )
-    assert database.admin_execute(query, [database.name]) == [(True,)]
-    one.wait_log("leading", 2, timeout=5)
-    other = database.insert("SELECT 1", group="other", delete=False)
-    assert database.wait(other)["state"] == "DONE"
+    one = master("--linger", "1min", database.conninfo, tables=1)
+    with held(database):
+        id = database.insert(WAIT, delete=False)
+        database.wait(id, "WORK")
+        workers = one.workers()
+        query = (
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = 'pgtask master' AND datname = %s"
+        )
+        assert database.admin_execute(query, [database.name]) == [(True,)]
+        one.wait_log("leading", 2)
+        other = database.insert("SELECT 1", group="other", delete=False)
+        assert database.wait(other)["state"] == "DONE"
     row = database.wait(id)
     assert (row["state"], row["attempt"]) == ("DONE", 1)
     assert set(workers) <= set(one.workers())
@@ -206,13 +207,14 @@ def test_workers_of_a_killed_master_end_their_run_record_it_and_exit(
 ) -> None:
     one = master(database.conninfo)
     one.expect_exit = -SIGKILL
-    ids = [database.insert("SELECT pg_sleep(1), 'ended'", group=f"g{n}", delete=False) for n in range(3)]
-    waiting = database.insert("SELECT 1", group="g0", delete=False)
-    for id in ids:
-        database.wait(id, "WORK")
-    workers = one.workers()
-    one.process.kill()
-    one.process.wait()
+    with held(database):
+        ids = [database.insert(f"{WAIT}, 'ended'", group=f"g{n}", delete=False) for n in range(3)]
+        waiting = database.insert("SELECT 1", group="g0", delete=False)
+        for id in ids:
+            database.wait(id, "WORK")
+        workers = one.workers()
+        one.process.kill()
+        one.process.wait()
     for id in ids:
         row = database.wait(id)
         assert (row["state"], row["attempt"]) == ("DONE", 1)
@@ -228,15 +230,17 @@ def test_next_master_carries_on_beside_the_runs_of_the_killed_one(
 ) -> None:
     one = master(database.conninfo)
     one.expect_exit = -SIGKILL
-    long = database.insert("SELECT pg_sleep(2)", group="g", delete=False)
-    database.wait(long, "WORK")
-    next_one = database.insert("SELECT 1", group="g", delete=False)
-    one.process.kill()
-    one.process.wait()
-    two = master(database.conninfo)
+    with held(database):
+        long = database.insert(WAIT, group="g", delete=False)
+        database.wait(long, "WORK")
+        next_one = database.insert("SELECT 1", group="g", delete=False)
+        one.process.kill()
+        one.process.wait()
+        two = master(database.conninfo)
+        assert database.wait(database.insert("SELECT 1", group="other", delete=False))["state"] == "DONE"
     row = database.wait(long)
     assert (row["state"], row["attempt"]) == ("DONE", 1)
-    following = database.wait(next_one, timeout=5)
+    following = database.wait(next_one)
     assert following["start"] >= row["stop"], "the slot was taken"
     assert two.logged("run_lost") == []
 
@@ -270,11 +274,12 @@ def test_killed_workers_of_a_busy_table_lose_no_task(database: Database, master:
         nonlocal kills
         for worker in one.workers()[:1]:
             if kills < 15:
-                os.kill(worker, SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, SIGKILL)
                 kills += 1
         return database.execute("SELECT count(*) FROM task WHERE state <> 'DONE'") == [(0,)]
 
-    eventually(all_done, timeout=40, every=0.05)
+    eventually(all_done, timeout=60, every=0.05)
     assert database.execute("SELECT count(*), count(DISTINCT id) FROM effect") == [(300, 300)]
 
 

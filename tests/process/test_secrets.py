@@ -14,9 +14,10 @@ import pytest
 from psycopg import conninfo
 
 from pgtask.errors import UserError
-from pgtask.master import _pidfile as held
+from pgtask.master import _pidfile
 from tests.fixtures.catalog import install
 from tests.fixtures.database import Database
+from tests.fixtures.locks import held
 from tests.fixtures.master import ROOT, Master
 from tests.fixtures.processes import processes
 from tests.fixtures.wait import eventually
@@ -146,7 +147,7 @@ def test_pidfile_that_somebody_has_laid_out_is_refused_and_nothing_is_emptied(tm
         "hardlink": lambda: pidfile.hardlink_to(victim),
         "fifo": lambda: os.mkfifo(pidfile),
     }[kind]()
-    with pytest.raises(UserError, match=f"^pidfile {pidfile}: is "), held(pidfile):
+    with pytest.raises(UserError, match=f"^pidfile {pidfile}: is "), _pidfile(pidfile):
         pass
     assert victim.read_text("utf-8") == "precious"
     assert not (tmp_path / "nothing").exists()
@@ -179,11 +180,14 @@ def test_names_and_errors_cannot_forge_a_line_of_the_log_or_a_title(
         f"CREATE TRIGGER refuse BEFORE INSERT ON {quoted} FOR EACH ROW WHEN (NEW.parent IS NOT NULL)"
         " EXECUTE FUNCTION refuse()"
     )
-    id = database.insert("SELECT pg_sleep(0.5)", group=f"group{EVIL}", repeat="1 year", delete=False)
-    database.wait(id, "WORK")
-    titles = [one.title(pid) for pid in (one.pid, *one.children())]
-    assert any(str(id) in title for title in titles)
-    assert all(title.isprintable() for title in titles), titles
+    with held(database, 7):
+        id = database.insert("SELECT pg_advisory_xact_lock(7)", group=f"group{EVIL}", repeat="1 year", delete=False)
+
+        def titles() -> list[str]:
+            found = [one.title(pid) for pid in (one.pid, *one.children())]
+            return found if any(title.endswith(f" {id}") for title in found) else []
+
+        assert all(title.isprintable() for title in eventually(titles))
     database.wait(id, "DONE")
     one.wait_log("repeat_refused")
     assert one.stop() == 0

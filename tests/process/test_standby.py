@@ -35,7 +35,7 @@ def test_standby_takes_over_when_the_first_ends(
     one.expect_exit = -SIGKILL if sig == SIGKILL else 0
     two = stand_by(database, master)
     one.stop(sig)
-    [line] = two.wait_log("leading", timeout=3)
+    [line] = two.wait_log("leading")
     assert "term=2" in line
     eventually(lambda: two.title() == "pgtask: master (1 table, 0 workers)")
     assert database.wait(database.insert("SELECT 1", delete=False))["state"] == "DONE"
@@ -45,7 +45,7 @@ def test_standby_takes_over_when_the_first_ends(
 def test_standby_stops_at_once(database: Database, master: Callable[..., Master]) -> None:
     master(database.conninfo)
     two = stand_by(database, master)
-    assert two.stop(timeout=2) == 0
+    assert two.stop(timeout=15) == 0
 
 
 def test_no_task_runs_twice_through_take_overs(database: Database, master: Callable[..., Master]) -> None:

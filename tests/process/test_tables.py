@@ -2,7 +2,6 @@
 
 import itertools
 import socket
-import time
 from collections.abc import Callable
 
 import psycopg
@@ -10,8 +9,13 @@ import pytest
 
 from pgtask import embedded
 from tests.fixtures.database import Database
+from tests.fixtures.locks import WAIT, falls_asleep, held, passes
 from tests.fixtures.master import Master
 from tests.fixtures.wait import eventually
+
+CROWD = f"""INSERT INTO task (input, "group", delete)
+    SELECT '{WAIT}, pg_sleep(0.01)', n::text, false
+    FROM generate_series(1, 20) AS n"""
 
 
 def entry(database: Database, more: str = "") -> str:
@@ -62,12 +66,10 @@ def test_server_that_is_down_is_said_once_tried_again_and_disturbs_nobody(
     own_server.stop("immediate")
     one.wait_log(f"table_down .*{own_database.name}")
     for _ in range(3):
-        began = time.monotonic()
         runs(database)
-        assert time.monotonic() - began < 5
     eventually(lambda: one.title().startswith("pgtask: master (2 tables"))
     own_server.start_again()
-    one.wait_log(f"table_up .*{own_database.name}", timeout=15)
+    one.wait_log(f"table_up .*{own_database.name}")
     reasons = [line.partition("error=")[2] for line in one.logged("table_down")]
     assert len(reasons) <= 6
     assert all(one != next for one, next in itertools.pairwise(reasons)), "said again only for another reason"
@@ -84,7 +86,7 @@ def test_server_that_is_down_at_the_start_is_served_when_it_comes(
     one.wait_log("table_down")
     runs(database)
     own_server.start_again()
-    one.wait_log(f"leading .*{own_database.name}", timeout=15)
+    one.wait_log(f"leading .*{own_database.name}")
     runs(own_database)
 
 
@@ -93,7 +95,7 @@ def test_address_where_nobody_answers_disturbs_nobody(database: Database, master
         port = mute.getsockname()[1]
         one = master(database.conninfo, f"host=127.0.0.1 port={port} dbname=a user=b sslmode=disable", tables=1)
         runs(database)
-        assert one.stop(timeout=3) == 0
+        assert one.stop() == 0
 
 
 def test_restart_of_the_server_costs_a_run_and_no_task(
@@ -107,7 +109,7 @@ def test_restart_of_the_server_costs_a_run_and_no_task(
     waiting = database.insert("SELECT 1", delete=False)
     database.close()
     own_server.restart()
-    one.wait_log("leading", 2, timeout=15)
+    one.wait_log("leading", 2)
     rows = [database.wait(id), database.wait(waiting)]
     assert [row["state"] for row in rows] == ["DONE", "DONE"]
     assert rows[0]["attempt"] == 2
@@ -118,11 +120,6 @@ def test_workers_bounds_all_tables_together(
 ) -> None:
     places = [database, new_database(), new_database()]
     one = master("--workers", "4", *(place.conninfo for place in places), tables=3)
-    for place in places:
-        place.execute(
-            'INSERT INTO task (input, "group", delete)'
-            " SELECT 'SELECT pg_sleep(0.05)', n::text, false FROM generate_series(1, 20) AS n"
-        )
     most = 0
 
     def all_done() -> bool:
@@ -130,16 +127,16 @@ def test_workers_bounds_all_tables_together(
         most = max(most, len(one.children()))
         return all(place.execute("SELECT count(*) FROM task WHERE state <> 'DONE'") == [(0,)] for place in places)
 
+    with held(places[0]), held(places[1]), held(places[2]):
+        for place in places:
+            place.execute(CROWD)
+        eventually(lambda: not all_done() and most >= 4)
     eventually(all_done)
     assert most == 4
 
 
 def test_run_bounds_a_table(database: Database, master: Callable[..., Master]) -> None:
     one = master("--run", "2", database.conninfo, tables=1)
-    database.execute(
-        'INSERT INTO task (input, "group", delete)'
-        " SELECT 'SELECT pg_sleep(0.05)', n::text, false FROM generate_series(1, 20) AS n"
-    )
     most = 0
 
     def all_done() -> bool:
@@ -148,15 +145,21 @@ def test_run_bounds_a_table(database: Database, master: Callable[..., Master]) -
         most = max(most, working)
         return database.execute("SELECT count(*) FROM task WHERE state <> 'DONE'") == [(0,)]
 
+    with held(database):
+        database.execute(CROWD)
+        eventually(lambda: not all_done() and most >= 2)
     eventually(all_done)
     assert most == 2
     assert len(one.logged("worker_forked")) <= 4
 
 
+LEFT = "SELECT count(*) > 50 FROM task WHERE state = 'PLAN'"
+
+
 def hog(database: Database, groups: int) -> None:
-    """More work than there is room for: 300 runs of 50 ms, in so many groups."""
+    """More work than there is room for, which takes half a minute: 900 runs of 50 ms, in so many groups."""
     database.execute(
-        "INSERT INTO task (input, \"group\") SELECT 'SELECT pg_sleep(0.05)', n %% %s FROM generate_series(1, 300) AS n",
+        "INSERT INTO task (input, \"group\") SELECT 'SELECT pg_sleep(0.05)', n %% %s FROM generate_series(1, 900) AS n",
         [groups],
     )
     eventually(lambda: database.execute("SELECT count(*) > 0 FROM task WHERE state = 'WORK'") == [(True,)])
@@ -170,9 +173,8 @@ def test_table_that_has_all_workers_makes_room_for_another(
     one = master("--workers", "2", database.conninfo, other.conninfo, tables=2)
     hog(database, groups)
     for _ in range(3):
-        row = runs(other)
-        assert (row["start"] - row["plan"]).total_seconds() < 1  # type: ignore[operator]
-    assert database.execute("SELECT count(*) > 50 FROM task") == [(True,)], "the hog is not done yet"
+        runs(other)
+    assert database.execute(LEFT) == [(True,)], "it waited for all of the hog's"
     database.execute("DELETE FROM task WHERE state = 'PLAN'")
     eventually(lambda: database.execute("SELECT count(*) FROM task WHERE state IN ('TAKE', 'WORK')") == [(0,)])
     assert len(one.logged("worker_forked")) < 40
@@ -182,10 +184,12 @@ def test_group_that_drains_newer_rows_makes_room_for_an_older_one_of_another(
     database: Database, master: Callable[..., Master]
 ) -> None:
     master("--workers", "1", database.conninfo, tables=1)
-    first = database.insert("SELECT pg_sleep(0.3)", group="hog")
-    database.wait(first, "WORK")
-    other = database.insert("SELECT 1", group="other", delete=False)
-    ids = [database.insert("SELECT pg_sleep(0.02)", group="hog", delete=False) for _ in range(20)]
+    with held(database):
+        first = database.insert(WAIT, group="hog", delete=False)
+        database.wait(first, "WORK")
+        other = database.insert("SELECT 1", group="other", delete=False)
+        ids = [database.insert("SELECT 1", group="hog", delete=False) for _ in range(20)]
+        falls_asleep(database)  # it has seen who waits, and told the worker
     row = database.wait(other)
     assert all(row["start"] <= database.wait(id)["start"] for id in ids)
 
@@ -195,11 +199,11 @@ def test_long_run_does_not_keep_the_others_from_making_room(
 ) -> None:
     other = new_database()
     master("--workers", "2", database.conninfo, other.conninfo, tables=2)
-    long = database.insert("SELECT pg_sleep(60)", group="long", delete=False)
+    long = database.insert("SELECT pg_sleep(600)", group="long", delete=False)
     database.wait(long, "WORK")
     hog(database, 1)
-    row = runs(other)
-    assert (row["start"] - row["plan"]).total_seconds() < 1  # type: ignore[operator]
+    runs(other)
+    assert database.execute(LEFT) == [(True,)], "it waited for all of the hog's"
     database.execute("DELETE FROM task")
 
 
@@ -215,7 +219,7 @@ def test_too_many_connections_is_backpressure(
         'INSERT INTO task (input, "group", delete)'
         " SELECT 'SELECT pg_sleep(0.02)', (n % 30)::text, false FROM generate_series(1, 200) AS n"
     )
-    eventually(lambda: database.execute("SELECT count(*) FROM task WHERE state = 'DONE'") == [(200,)], timeout=20)
+    eventually(lambda: database.execute("SELECT count(*) FROM task WHERE state = 'DONE'") == [(200,)], timeout=60)
     assert database.execute("SELECT DISTINCT attempt FROM task") == [(1,)]
     one.wait_log("workers_cannot_open")
     assert len(one.logged(" (INFO|WARNING) .*worker")) <= 4
@@ -232,10 +236,9 @@ def test_server_that_refuses_workers_does_not_make_the_master_spin(
     database.admin_execute(psycopg.sql.SQL("ALTER ROLE {} CONNECTION LIMIT 1").format(role))
     before = len(one.logged("worker_forked"))
     ids = [database.insert("SELECT 1", group=f"g{n}", delete=False, count=1) for n in range(5)]
-    since = time.monotonic()
-    eventually(lambda: time.monotonic() - since > 2)
+    passes(2)
     assert len(one.logged("worker_forked")) - before < 30
-    assert len(one.logged("workers_cannot_open")) == 1
+    assert len(one.wait_log("workers_cannot_open")) == 1
     database.admin_execute(psycopg.sql.SQL("ALTER ROLE {} CONNECTION LIMIT -1").format(role))
     for id in ids:
         assert database.wait(id)["state"] == "DONE"

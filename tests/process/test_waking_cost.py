@@ -3,32 +3,16 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import pytest
-
-from pgtask import embedded
 from tests.fixtures.catalog import install
 from tests.fixtures.database import Database
 from tests.fixtures.locks import passes, transactions
 from tests.fixtures.master import Master
 from tests.fixtures.processes import cpu_seconds
-from tests.fixtures.server import start_server
 from tests.fixtures.wait import eventually
 
 CLIENTS = 8
-
-
-@pytest.fixture(scope="module")
-def talkative_server() -> Iterator[embedded.Server]:
-    """A server that logs every statement with who sent it."""
-    with start_server(log_statement="all", log_line_prefix="%a|%d|") as started:
-        yield started
-
-
-@pytest.fixture
-def talkative(talkative_server: embedded.Server, new_database: Callable[..., Database]) -> Database:
-    return new_database(on=talkative_server)
 
 
 def looks(database: Database) -> int:
@@ -48,26 +32,25 @@ def channel(database: Database) -> str:
 
 
 def test_inserts_at_full_rate_send_few_notifications(database: Database, master: Callable[..., Master]) -> None:
-    """Also where the master finds nothing to do: the tasks' group is full, or they are planned for later."""
-    master(database.conninfo)
+    """Where the master finds nothing to do: one that went on listening would be notified by most of the inserts."""
+    master("--safety", "1h", database.conninfo, tables=1)
     listener = database.connect()
     listener.execute(f"LISTEN {channel(database)}".encode())
-    each = 250
+    each = 2000
 
-    def insert(n: int) -> None:
-        plan = "infinity" if n % 2 else "now"
+    def insert() -> None:
         with database.connect() as session:
             for _ in range(each):
-                session.execute("INSERT INTO task (input, plan) VALUES ('SELECT 1', %s)", [plan])
+                session.execute("INSERT INTO task (input, plan) VALUES ('SELECT 1', 'infinity')")
 
-    clients = [threading.Thread(target=insert, args=[n]) for n in range(CLIENTS)]
+    clients = [threading.Thread(target=insert) for _ in range(CLIENTS)]
     for client in clients:
         client.start()
     for client in clients:
         client.join()
     sent = len(list(listener.notifies(timeout=0.5)))
-    assert sent < 0.8 * CLIENTS * each
-    eventually(lambda: database.execute("SELECT FROM task WHERE plan < now()") == [])
+    assert sent < 0.45 * CLIENTS * each
+    assert database.wait(database.insert("SELECT 1", delete=False))["state"] == "DONE"
 
 
 def test_stranger_who_floods_the_channel_costs_few_looks_and_delays_nobody(
@@ -77,16 +60,15 @@ def test_stranger_who_floods_the_channel_costs_few_looks_and_delays_nobody(
     stranger, name = talkative.connect(), channel(talkative)
     talkative.wait(talkative.insert("SELECT 1", delete=False))
     before, since, sent = looks(talkative), time.monotonic(), 0
-    while time.monotonic() - since < 1.5:
+    while time.monotonic() - since < 1.5 or sent < 1000:
         stranger.execute(f"NOTIFY {name}".encode())
         sent += 1
     spent = time.monotonic() - since
-    assert sent > 300
     assert looks(talkative) - before < 150 * spent
     for _ in range(5):
         stranger.execute(f"NOTIFY {name}".encode())
         id = talkative.insert("SELECT 1", delete=False)
-        assert talkative.wait(id, timeout=5)["state"] == "DONE"
+        assert talkative.wait(id)["state"] == "DONE"
 
 
 def test_many_tables_that_are_polled_cost_less_than_half_a_core(
@@ -104,7 +86,7 @@ def test_many_tables_that_are_polled_cost_less_than_half_a_core(
     eventually(lambda: transactions(database) - polls > 8 * 5 * spent)
     for table in tables[::4]:
         database.table = table
-        assert database.wait(database.insert("SELECT 1", delete=False), timeout=10)["state"] == "DONE"
+        assert database.wait(database.insert("SELECT 1", delete=False))["state"] == "DONE"
 
 
 def test_many_groups_with_one_task_each_need_no_more_workers_than_there_may_be(

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import pytest
 from psycopg import sql
 
-from pgtask import embedded
 from tests.fixtures.database import Database
-from tests.fixtures.locks import held, passes
+from tests.fixtures.locks import falls_asleep, held, passes
 from tests.fixtures.master import Master
 from tests.fixtures.proxy import Proxy
-from tests.fixtures.server import start_server
 from tests.fixtures.wait import eventually
 
 LOCK = "SELECT pg_try_advisory_lock($1::oid::int, -1)"
@@ -28,13 +26,6 @@ UNFINISHED = "state IN ('PLAN', 'TAKE', 'WORK')"
 
 STEPS = [(2, LOCK), (2, TAKE), (2, NEXT), (2, UNLOCK), (1, TAKE), (1, NEXT)]
 """How many tasks come at once, and before which statement the master is stopped: one that is alone does not wake it."""
-
-
-@pytest.fixture(scope="module")
-def talkative_server() -> Iterator[embedded.Server]:
-    """A server that logs every statement with who sent it."""
-    with start_server(log_statement="all", log_line_prefix="%a|%d|") as started:
-        yield started
 
 
 @dataclass
@@ -56,21 +47,15 @@ class Stopper:
 
 
 @pytest.fixture
-def stopper(
-    talkative_server: embedded.Server,
-    new_database: Callable[..., Database],
-    new_proxy: Callable[..., Proxy],
-    master: Callable[..., Master],
-) -> Iterator[Stopper]:
-    database = new_database(on=talkative_server)
-    proxy = new_proxy(database.tcp)
+def stopper(talkative: Database, new_proxy: Callable[..., Proxy], master: Callable[..., Master]) -> Iterator[Stopper]:
+    proxy = new_proxy(talkative.tcp)
     master("--safety", "1h", "--sleep", "1h", proxy.conninfo, tables=1)
     for _ in range(2):  # so that every statement has been prepared
-        insert(database, "SELECT 1", 2)
-        eventually(lambda: not database.tasks(UNFINISHED))
-        passes(0.1)
-    yield Stopper(database, proxy)
-    eventually(lambda: not database.tasks(UNFINISHED))
+        insert(talkative, "SELECT 1", 2)
+        eventually(lambda: not talkative.tasks(UNFINISHED))
+        falls_asleep(talkative)
+    yield Stopper(talkative, proxy)
+    eventually(lambda: not talkative.tasks(UNFINISHED))
 
 
 def insert(database: Database, task: str, count: int) -> None:
@@ -95,7 +80,7 @@ def test_insert_that_comes_between_two_steps_of_falling_asleep_or_waking_is_foun
         wake_and_stop(stopper, tasks, statement)
         id = database.insert("SELECT 1", group="in between", delete=False)
         stopper.go_on()
-        assert database.wait(id, timeout=10)["state"] == "DONE"
+        assert database.wait(id)["state"] == "DONE"
 
 
 @pytest.mark.parametrize(("tasks", "statement"), [step for step in STEPS if UNLOCK not in step])
@@ -105,7 +90,7 @@ def test_plan_that_comes_between_two_steps_of_falling_asleep_is_met(
     """The next moment is looked for after the instant of the take."""
     database = stopper.database
     id = database.insert("SELECT 1", group="planned", plan="2100-01-01", delete=False)
-    passes(0.3)
+    falls_asleep(database)
     # Without a word to the master.
     database.execute("ALTER TABLE task DISABLE TRIGGER pgtask_move")
     with held(database, 7):
@@ -114,7 +99,7 @@ def test_plan_that_comes_between_two_steps_of_falling_asleep_is_met(
         due = "SELECT plan < clock_timestamp() FROM task WHERE id = %s"
         eventually(lambda: database.execute(due, [id]) == [(True,)])
         stopper.go_on()
-        assert database.wait(id, timeout=10)["state"] == "DONE"
+        assert database.wait(id)["state"] == "DONE"
 
 
 def test_due_row_that_was_locked_while_the_master_went_from_group_to_group_is_found(
@@ -139,5 +124,5 @@ def test_due_row_that_was_locked_while_the_master_went_from_group_to_group_is_fo
             passes(0.6)
             database.execute(full)
             passes(1)
-        assert database.wait(id, timeout=10)["state"] == "DONE"
+        assert database.wait(id)["state"] == "DONE"
         database.execute("DELETE FROM task WHERE \"group\" = 'full' AND state = 'PLAN'")

@@ -7,8 +7,8 @@ import select
 import socket
 import ssl
 import threading
-import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from signal import SIGHUP, SIGKILL
 
@@ -20,6 +20,7 @@ from pgtask.objects import Names
 from pgtask.worker import Spec
 from tests.fixtures.database import Database
 from tests.fixtures.hostile import PEM
+from tests.fixtures.locks import passes
 from tests.fixtures.master import Master
 from tests.fixtures.processes import descriptors, frozen
 from tests.fixtures.wait import eventually
@@ -54,26 +55,43 @@ def calm(one: Master) -> None:
     assert one.logged("( WARNING | ERROR )(?!.*(running_as_root|connected_as_superuser))") == []
 
 
+@contextlib.contextmanager
+def encrypted(port: int) -> Iterator[int]:
+    """A port that passes on what comes encrypted, for a server that may have been built without."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=encrypt, args=[listener, port])
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
 def encrypt(listener: socket.socket, port: int) -> None:
-    """Pass on what comes encrypted, for a server that may have been built without."""
+    """Until the listener is shut down and all clients have gone."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(PEM)
-    while True:
-        plain, _ = listener.accept()
-        if plain.recv(8):  # the request to encrypt
-            plain.sendall(b"S")
-            pair = (context.wrap_socket(plain, server_side=True), socket.create_connection(("127.0.0.1", port)))
-            threading.Thread(target=relay, args=pair, daemon=True).start()
-
-
-def relay(client: ssl.SSLSocket, server: socket.socket) -> None:
-    """Until one of them ends."""
-    with client, server, contextlib.suppress(OSError):
+    with ThreadPoolExecutor() as clients, contextlib.suppress(OSError):
         while True:
-            for one in [client] if client.pending() else select.select([client, server], [], [])[0]:
-                if not (data := one.recv(65536)):
-                    return
-                (server if one is client else client).sendall(data)
+            clients.submit(relay, context, listener.accept()[0], port)
+
+
+def relay(context: ssl.SSLContext, plain: socket.socket, port: int) -> None:
+    """Until one of the two ends."""
+    with plain, contextlib.suppress(OSError):
+        if not plain.recv(8):  # the request to encrypt
+            return
+        plain.sendall(b"S")
+        with (
+            context.wrap_socket(plain, server_side=True) as client,
+            socket.create_connection(("127.0.0.1", port)) as server,
+        ):
+            while True:
+                for one in [client] if client.pending() else select.select([client, server], [], [])[0]:
+                    if not (data := one.recv(65536)):
+                        return
+                    (server if one is client else client).sendall(data)
 
 
 def takes_over(database: Database, one: Master, input: str = ASK) -> str:
@@ -96,9 +114,8 @@ def test_worker_takes_over_a_session_that_is_ready(database: Database, master: S
 
 def test_encrypted_session_is_taken_over(database: Database, master: Start) -> None:
     port = int(conninfo_to_dict(database.tcp)["port"] or 0)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=encrypt, args=[listener, port], daemon=True).start()
-        there = {"host": "127.0.0.1", "port": listener.getsockname()[1], "sslmode": "require"}
+    with encrypted(port) as place:
+        there = {"host": "127.0.0.1", "port": place, "sslmode": "require"}
         one = master("--linger", "0", make_conninfo(database.tcp, **there), tables=1)
         for _ in range(2):
             assert takes_over(database, one, "SELECT repeat('x', 100000)") == "x" * 100000
@@ -143,7 +160,7 @@ def test_sessions_end_with_a_master_that_is_killed(database: Database, master: S
     ready(database, 3)
     one.expect_exit = -SIGKILL
     one.stop(SIGKILL)
-    eventually(lambda: not waiting(database), timeout=5)
+    eventually(lambda: not waiting(database))
 
 
 def test_session_that_the_server_ended_is_replaced_without_a_word(database: Database, master: Start) -> None:
@@ -224,7 +241,7 @@ def test_session_that_waits_says_nothing(database: Database, master: Start) -> N
     ready(database, 2)
     query = "SELECT pid, state_change FROM pg_stat_activity WHERE application_name = 'pgtask warm' AND datname = %s"
     before = database.admin_execute(query, [database.name])
-    time.sleep(1)
+    passes(1)
     assert database.admin_execute(query, [database.name]) == before
 
 
