@@ -364,6 +364,7 @@ class Worker:
             log.debug("batch_undone", table=self.spec.label, ids=[task.id for task in tasks], why=str(why))
             self.running = frozenset()
             self.ours.rewind(save=False)
+            self.marked_at = -OUTDATED  # that may have been why
             self.hand = deque(task._replace(batch=1) for task in self.hand)
             return
         for end in shared.ends:
@@ -415,8 +416,12 @@ class Worker:
 
     def _want(self, *, also: bool, batch: int) -> Want:
         """What of the group is wanted: nothing while there are others in hand `also`, at most `batch` together."""
-        want = Want(
-            next=not (self.room or self.leaving or also),
+        next = not (self.room or self.leaving or also)
+        outdated = next and time.monotonic() - self.marked_at > OUTDATED
+        if outdated:
+            self.marked_at = time.monotonic()
+        return Want(
+            next=next,
             runs=self.runs,
             age=time.monotonic() - self.born,
             term=self.term,
@@ -424,11 +429,8 @@ class Worker:
             slot=self.slot,
             below=time.monotonic() < self.below_until,
             batch=min(batch, max(1, int(self.spec.batch_time / max(self.each, SHORTEST)))),
-            mark=self.ours.fresh.mark if time.monotonic() - self.marked_at > OUTDATED else None,
+            mark=self.ours.fresh.mark if outdated else None,
         )
-        if want.mark is not None:
-            self.marked_at = time.monotonic()
-        return want
 
     def _execute_or_bury(self, task: Task) -> Outcome:
         """Run the input; where no cancel request helped, over the dead body of its backend."""

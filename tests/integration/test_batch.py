@@ -164,6 +164,18 @@ def test_settings_role_and_session_are_like_new_for_each(group: Group) -> None:
     assert row["output"] == "0\t0\t0\t\\N"
 
 
+def test_changed_setting_of_the_role_reaches_those_that_share_without_a_pause_between_them(group: Group) -> None:
+    tasks = group.insert(*["SELECT current_setting('work_mem') FROM pg_sleep(0.001)"] * 1500)
+    group.database.wait(tasks[50])
+    group.database.execute(f"ALTER ROLE \"{group.database.user}\" SET work_mem = '12345kB'")
+    found = [group.database.wait(id, timeout=60) for id in tasks]
+    assert [row["output"] for row in (found[0], found[-1])] == [
+        group.database.execute("SHOW work_mem")[0][0],
+        "12345kB",
+    ]
+    assert len({row["pid"] for row in found}) == 2
+
+
 def test_silent_tasks_are_removed(group: Group) -> None:
     inputs = ["SELECT 1 WHERE false", "SELECT 2", "SELECT 1 / 0", "SELECT FROM task LIMIT 0"]
     ids = group.insert(*inputs, delete=True)
