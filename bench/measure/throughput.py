@@ -64,9 +64,6 @@ def throughput(course: Course) -> Outcome:
         ground.install()
         ground.own(LOG)
         bare.create(ground)
-        if not _has_batch(ground):
-            chosen = [case for case in chosen if "batch" not in case.work.columns]
-            outcome.note("batch: left out, this pgtask has no such column")
         if course.quick:
             chosen = chosen[:2]
         figures = {case.name: _figures(outcome, case) for case in chosen}
@@ -94,12 +91,6 @@ def _figures(outcome: Outcome, case: Case) -> list[Figure]:
         mark = case.marks[0] if many == 1 else case.marks[1]
         made.append(outcome.figure(case.name, "tasks/s", against=who, mark=mark, headline=many == case.workers))
     return made
-
-
-def _has_batch(ground: Ground) -> bool:
-    return bool(
-        ground.value("SELECT count(*) FROM pg_attribute WHERE attrelid = 'task'::regclass AND attname = 'batch'")
-    )
 
 
 @subject

@@ -91,11 +91,6 @@ def peers(course: Course) -> Outcome:
     pooled: dict[str, list[float]] = {}
     with course.site.ground("peers") as ground:
         ground.install()
-        batch = bool(
-            ground.value("SELECT count(*) FROM pg_attribute WHERE attrelid = 'task'::regclass AND attname = 'batch'")
-        )
-        if not batch:
-            outcome.note("batch: left out, this pgtask has no such column")
         for _ in course.rounds():
             theirs = {}
             for racer in list(racers):
@@ -105,7 +100,7 @@ def peers(course: Course) -> Outcome:
                     racers.remove(racer)
                     outcome.note(f"{racer.name}: left out from here on: {error}")
             course.say("pgtask")
-            ours = _rates(ground, count, batch)
+            ours = _rates(ground, count)
             late = _latencies(ground, drops)
             pooled.setdefault("pgtask", []).extend(late)
             for name, (rate, latencies) in theirs.items():
@@ -122,12 +117,10 @@ def peers(course: Course) -> Outcome:
     return outcome
 
 
-def _rates(ground: Ground, count: int, batch: bool) -> Mapping[str, float]:
-    cases = {"plain": Work(count=count, columns="max", values="3")}
-    if batch:
-        cases["batch"] = Work(count=count, columns="max, batch", values="3, 50")
+def _rates(ground: Ground, count: int) -> Mapping[str, float]:
     found = {}
-    for name, work in cases.items():
+    for name, columns, values in (("plain", "max", "3"), ("batch", "max, batch", "3, 50")):
+        work = Work(count=count, columns=columns, values=values)
         with ground.master():
             found[name] = tasks.ours(ground, work)
     return found
