@@ -40,7 +40,6 @@ STATEMENTS = (
     "take",
     "next",
     "next_below",
-    "next_plan",
     "expire",
     "foreign",
     "rescue",
@@ -49,7 +48,7 @@ STATEMENTS = (
     "owned",
     "owners",
 )
-QUICK = ("take", "next_after", "next_plan", "expire", "owned", "owners")
+QUICK = ("take", "next_after", "expire", "owned", "owners")
 
 
 class Table:
@@ -82,7 +81,6 @@ class Table:
             "next": who,
             "next_below": who,
             "next_after": (*who, max, *place),
-            "next_plan": ("now",),
             "expire": (1000, *(place if quick else BEGINNING)),
             "foreign": ([1], [], [], []),
             "rescue": (3, [], [], [], []),
