@@ -141,12 +141,15 @@ class AsyncSession:
             await until_ready(pgconn.socket, write=True)
             pgconn.consume_input()
         lost: psycopg.OperationalError | None = None
-        while pgconn.is_busy() and lost is None:
-            await until_ready(pgconn.socket)
-            lost = self._read(pgconn)
-        result = pgconn.get_result()
-        while pgconn.get_result() is not None:
-            pass
+        result: pq.abc.PGresult | None = None
+        while True:
+            while pgconn.is_busy() and lost is None:
+                await until_ready(pgconn.socket)
+                lost = self._read(pgconn)
+            if (following := pgconn.get_result()) is None:
+                break
+            result = following
+        self._hear(pgconn)  # what the server has told just before it was ready again
         if result is None or result.status == pq.ExecStatus.FATAL_ERROR:
             if result is not None and result.error_field(pq.DiagnosticField.SQLSTATE):
                 raise psycopg.errors.error_from_result(result, encoding="utf-8")
@@ -159,9 +162,12 @@ class AsyncSession:
             pgconn.consume_input()
         except psycopg.OperationalError as error:
             return error
+        self._hear(pgconn)
+        return None
+
+    def _hear(self, pgconn: pq.abc.PGconn) -> None:
         while (notify := pgconn.notifies()) is not None:
             self._on_notify(notify.extra.decode(errors="replace"))
-        return None
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:

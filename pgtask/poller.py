@@ -302,7 +302,8 @@ class Poller:
             await self._mend()
             if not self.stopping:
                 batch = await self._sleeper.look()
-                self._pool.fork_ahead(self)
+                if not self.stopping:
+                    self._pool.fork_ahead(self)
                 await self._sleeper.pause(batch)
             elif not self._done():
                 await self._sleeper.wait()

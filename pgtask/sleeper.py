@@ -93,8 +93,7 @@ class Sleeper:
         batch = await self._taker.take(self._instant, full=self._asleep)
         self._instant = batch.now if self._asleep and batch.more else None
         if begins and self._asleep and batch.more:  # what is planned next does not wait for the end of the walk
-            for left in await self._taker.planned(batch.now):
-                asyncio.get_running_loop().call_later(max(0.0, left), self.wake)
+            asyncio.get_running_loop().call_later(batch.next - time.monotonic(), self.wake)
         return batch
 
     async def pause(self, batch: Batch) -> None:
@@ -115,7 +114,7 @@ class Sleeper:
         self._empty = self._vain = 0
         if alone and self._asleep and not (batch.left or batch.more):
             self._told = False
-            await self._sleep_until_next(batch.now)
+            await self._sleep_until_next(batch)
         else:
             await self._rise()
             await self.wait(self._at_most(self._taker.gap))
@@ -135,7 +134,7 @@ class Sleeper:
         elif self._asleep and self._told:
             await self._doze()
         elif self._asleep:
-            await self._sleep_until_next(batch.now)
+            await self._sleep_until_next(batch)
         elif self._empty < self.config.idle:
             await self.wait(pause)
         elif not self._taker.unpaced or not await self._fall_asleep():
@@ -154,19 +153,17 @@ class Sleeper:
             self._asleep, self._instant = False, None
             await self._session.one(self._store.text("unlock_asleep"), self._oid)
 
-    async def _sleep_until_next(self, now: Any) -> None:
-        """The lock stays ours: what wakes us may turn out to be nothing."""
+    async def _sleep_until_next(self, batch: Batch) -> None:
+        """Until something is planned, may start after a pause, or must be looked at.
+
+        The lock stays ours: what wakes us may turn out to be nothing.
+        """
         await self._taker.expire()
-        left, since = await self._until_next(now), time.monotonic()
-        await self.wait(left)
+        since = time.monotonic()
+        moment = min(since + self.config.safety.total_seconds(), batch.next, *self._taker.moments(), *self._moments())
+        await self.wait(max(0.0, moment - since))
         if time.monotonic() - since > LONGEST_GAP:
             self._vain = 0
-
-    async def _until_next(self, now: Any) -> float:
-        """Seconds until something is planned, may start after a pause, or must be looked at."""
-        here = time.monotonic()
-        moments = [moment - here for moment in (*self._taker.moments(), *self._moments())]
-        return max(0.0, min(self.config.safety.total_seconds(), *moments, *await self._taker.planned(now)))
 
     async def _doze(self) -> None:
         """We were told, and found nothing: for a moment, which grows, have no notifications sent and heed none.

@@ -42,7 +42,8 @@ class Batch:
 
     `left` is whether it saw due rows, in groups with a free slot, that it did not take: there was no place, or somebody
     holds them locked. `waiting` is how many it saw in groups of which nothing runs. `more` is whether there may be due
-    rows in groups that it did not look at.
+    rows in groups that it did not look at. `next` is when the next planned moment after the instant comes
+    (time.monotonic()), of a full look.
     """
 
     rows: list[Taken]
@@ -51,6 +52,7 @@ class Batch:
     waiting: int
     more: bool
     now: Any
+    next: float
 
 
 class Taker:
@@ -112,11 +114,6 @@ class Taker:
         resting = list(self._resting.values())
         return resting if self._expired is None else [*resting, self._expire_at]
 
-    async def planned(self, now: Any) -> list[float]:
-        """Seconds until the next planned moment after that instant, if there is one."""
-        rows = await self._term.session.rows(self._store.text("next_plan"), now)
-        return [seconds for (seconds,) in rows if seconds is not None]
-
     async def take(self, now: Any = None, *, full: bool = False) -> Batch:
         """Take what may start (at that instant, as the server wrote it) and hand it to the pool."""
         full = full or self._pace.ready
@@ -153,7 +150,7 @@ class Taker:
             held[lane].add(slot)
             taken.append(Taken(id=id, attempt=attempt, lane=lane, slot=slot, max=max, count=count, live=live, **who))
         late = sum(bool(row[9]) for row in rows)
-        seen, waiting, now, walked, cost, *place = rows[0][:7]
+        seen, waiting, now, walked, cost, *place, next = rows[0][:8]
         if cost is not None:
             self._pace.looked(cost)
             self._looked_at = now
@@ -161,7 +158,8 @@ class Taker:
         self._place = (place[0], place[1])
         more, left = self._walk_from is not None, self._left or seen > len(taken) + late
         self._left = left and more
-        return Batch(rows=taken, late=late, left=left, waiting=waiting, more=more, now=now)
+        moment = math.inf if next is None else time.monotonic() + next
+        return Batch(rows=taken, late=late, left=left, waiting=waiting, more=more, now=now, next=moment)
 
     def _hand_out(self, batch: Batch) -> None:
         for taken in batch.rows:

@@ -29,8 +29,9 @@ SELECT pg_advisory_unlock($1::oid::int, -1);
 -- for dead entries of its indexes: a quick look starts from a place in the order of due rows, sees no more than the due
 -- rows after it and the new ones, and walks nowhere.
 -- Answers with at least one row: how many due rows of groups with a free slot were seen, how many of them of groups that
--- have no slot in use, the instant, where to walk on (null: every group was seen), what a full look cost (seconds), and
--- the place for the next quick look: a second ago at the latest, for inserts that are still in flight.
+-- have no slot in use, the instant, where to walk on (null: every group was seen), what a full look cost (seconds),
+-- the place for the next quick look: a second ago at the latest, for inserts that are still in flight; and after a full
+-- look the seconds until the next moment that is planned after the instant (null: none).
 -- $1 rows at most, $2 lanes that rest after a negative max, $3 due rows, and groups, looked at, $4 the instant to take for now,
 -- unless the clock was set back since, or null,
 -- $5 the lanes of the slots in use, one for each: rows in TAKE and WORK are not counted, and so dead entries of the slot
@@ -142,17 +143,17 @@ SELECT coalesce((SELECT sum(seen) FROM groups), 0)::bigint AS seen,
     least((SELECT s.plan FROM place AS s), i.now - interval '1 second')::text AS place,
     CASE WHEN (SELECT s.plan FROM place AS s) <= i.now - interval '1 second' THEN (SELECT s.id FROM place AS s)
         ELSE -9223372036854775808 END AS place_id,
+    CASE WHEN $10::timestamptz IS NULL THEN (
+        SELECT date_part('epoch', t.plan) - date_part('epoch', clock_timestamp())
+        FROM {task} AS t
+        WHERE t.state = 'PLAN' AND t.plan > (SELECT now FROM instant)
+        ORDER BY t.plan
+        LIMIT 1
+    ) END AS next,
     t.id, t.attempt, t.late, t.lane, t.max, t.count, t.live
 FROM instant AS i
 LEFT JOIN taken AS t ON true
 ORDER BY t.plan, t.id;
-
--- name: next_plan — seconds until the next planned moment after $1, from the server's clock
-SELECT date_part('epoch', t.plan) - date_part('epoch', clock_timestamp())
-FROM {task} AS t
-WHERE t.state = 'PLAN' AND t.plan > $1::timestamptz
-ORDER BY t.plan
-LIMIT 1;
 
 -- name: expire — rows that came too late while their group was full, of the due rows after a place in their order.
 -- Answers with how many there were and the place to go on from (null: the end). $1 rows looked at, $2 $3 the plan and

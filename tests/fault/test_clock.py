@@ -123,7 +123,7 @@ def test_second_look_before_the_sleep_takes_nothing_early_where_the_clock_was_se
     take = Names(schema="public", table="task").store().text("take").encode()
     everywhere = (None, "-infinity", -(2**63), None)
     rows = cursor.execute(take, [10, [], 10, before + hour, [], before, *everywhere]).fetchall()
-    assert [(row[2] < before + hour, row[7]) for row in rows] == [(True, due)], "the instant, and the id"
+    assert [(row[2] < before + hour, row[8]) for row in rows] == [(True, due)], "the instant, and the id"
 
 
 def test_masters_own_clock_changes_nothing(database: Database, ledger: Ledger, master: Start, tmp_path: Path) -> None:

@@ -41,7 +41,6 @@ STATEMENTS = (
     "next",
     "next_below",
     "next_batch",
-    "next_plan",
     "expire",
     "foreign",
     "rescue",
@@ -55,7 +54,7 @@ STATEMENTS = (
     "finish_all",
     "remove_all",
 )
-QUICK = ("take", "next_after", "next_batch_after", "next_plan", "expire", "owned", "owners", "finish_all", "back")
+QUICK = ("take", "next_after", "next_batch_after", "expire", "owned", "owners", "finish_all", "back")
 
 
 class Table:
@@ -93,7 +92,6 @@ class Table:
             "next_batch": (*who, 50),
             "next_batch_after": (*who, 50, max, *place),
             "next_after": (*who, max, *place),
-            "next_plan": ("now",),
             "expire": (1000, *(place if quick else BEGINNING)),
             "foreign": ([1], [], [], []),
             "rescue": (3, [], [], [], []),

@@ -91,20 +91,21 @@ def test_repeat_of_a_second_keeps_its_grid(database: Database, slow: Master) -> 
     database.execute("UPDATE task SET state = 'STOP' WHERE state = 'PLAN'")
 
 
-def test_plan_that_falls_between_the_take_and_the_look_for_the_next_is_not_missed(database: Database) -> None:
-    """The next moment is looked for after the instant of the take, not after that of the look."""
+def test_plan_that_falls_between_the_instant_and_the_take_is_not_missed(database: Database) -> None:
+    """The next moment is the first one after the instant that is taken for, also where it has passed meanwhile."""
     install(database)
     store = Names(schema="public", table="task").store()
+    id = database.insert("SELECT 1", plan=in_ms(300))
     with database.connect() as session:
         cursor = RawCursor(session)
-        parameters = [10, [], 200, None, [], "2000-01-01", None, *BEGINNING, None]
-        [(seen, _, now, *_, taken, _, _, _, _, _, _)] = cursor.execute(
-            store.text("take").encode(), parameters
-        ).fetchall()
-        assert (seen, taken) == (0, None)
-        database.insert("SELECT 1", plan=in_ms(0))
-        [(seconds,)] = cursor.execute(store.text("next_plan").encode(), [now]).fetchall()
-    assert seconds < 0
+        [(instant,)] = cursor.execute(b"SELECT clock_timestamp()").fetchall()
+        eventually(
+            lambda: database.execute("SELECT plan < clock_timestamp() FROM task WHERE id = %s", [id]) == [(True,)]
+        )
+        parameters = [10, [], 200, instant, [], "2000-01-01", None, *BEGINNING, None]
+        [(seen, *_, next, taken, _, _, _, _, _, _)] = cursor.execute(store.text("take").encode(), parameters).fetchall()
+    assert (seen, taken) == (0, None)
+    assert next < 0
 
 
 def test_timer_is_not_rounded_to_milliseconds() -> None:
