@@ -111,10 +111,10 @@ COLUMNS: tuple[Column, ...] = (
     _null("notice", "text", "Notices and warnings that the run raised."),
     _null("first", TIME, "The first plan of a repeated task: repetitions stay on its grid."),
 )
-FUNCTIONS = ("wake", "stop", "guard")
+FUNCTIONS = ("wake", "change", "stop", "guard")
 INDEXES = ("due", "lane", "slot")
-TRIGGERS = ("wake", "move", "stop", "drop", "birth", "guard")
-WAKING = ("wake", "move")
+TRIGGERS = ("wake", "change", "drop", "guard")
+FORMER_TRIGGERS = ("move", "stop", "birth")
 MASTER_COLUMNS = ("one", "term", "host", "pid", "backend", "backend_start", "since", "layout")
 
 
@@ -236,10 +236,11 @@ def body(suffix: str) -> str:
     return statements("schema")[f"{suffix}_function"].split("$pgtask$")[1]
 
 
-def trigger(suffix: str, names: Names, *, partitioned: bool) -> str:
+def trigger(suffix: str, names: Names, *, partitioned: bool, wake: bool) -> str:
     """An insert into a partition fires no statement-level trigger of the table above it."""
     words = {"each": "ROW", "guards": "BEFORE"} if partitioned else {"each": "STATEMENT", "guards": "AFTER"}
-    return _fill(f"{suffix}_trigger", names, **words)
+    arguments = [literal(names.quoted(names.master)), *(["'wake'"] if wake else [])]
+    return _fill(f"{suffix}_trigger", names, arguments=", ".join(arguments), **words)
 
 
 def mark(text: str) -> str:

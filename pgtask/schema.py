@@ -19,7 +19,17 @@ from psycopg import AsyncConnection
 
 from pgtask import objects, settings
 from pgtask.errors import UserError
-from pgtask.objects import COLUMNS, FUNCTIONS, INDEXES, MASTER_COLUMNS, STATES, TRIGGERS, WAKING, Column, Names
+from pgtask.objects import (
+    COLUMNS,
+    FORMER_TRIGGERS,
+    FUNCTIONS,
+    INDEXES,
+    MASTER_COLUMNS,
+    STATES,
+    TRIGGERS,
+    Column,
+    Names,
+)
 from pgtask.store import statements
 
 INSTALL_LOCK = "SELECT pg_advisory_xact_lock(hashtext('pgtask'), hashtext('install'))"
@@ -153,7 +163,9 @@ async def _look_at_table(conn: AsyncConnection[Any], names: Names, oid: int) -> 
         "id_unique": id_unique,
         "indexes": {name: valid for name, valid, old in indexes if not old},
         "input_indexes": tuple(name for name, _, old in indexes if old),
-        "triggers": dict(await _all(conn, "triggers", oid, [f"pgtask_{suffix}" for suffix in TRIGGERS])),
+        "triggers": dict(
+            await _all(conn, "triggers", oid, [f"pgtask_{suffix}" for suffix in (*TRIGGERS, *FORMER_TRIGGERS)])
+        ),
         "extension": next((row[0] for row in await _all(conn, "extension", names.schema, names.table)), None),
     }
 
@@ -340,14 +352,16 @@ def _function_changes(facts: Facts, names: Names) -> Iterator[Change]:
 def _trigger_changes(facts: Facts, names: Names, *, wake: bool) -> Iterator[Change]:
     """Our triggers, known by a fingerprint in their comment; those that wake the C extension are dropped."""
     for name, mark in facts.triggers.items():
+        text = f"DROP TRIGGER {objects.identifier(name)} ON {names.task}"
         if mark == "extension":
-            text = f"DROP TRIGGER {objects.identifier(name)} ON {names.task}"
             yield Change(what=f"drop trigger {name} of the extension", sql=text)
+        elif name.removeprefix("pgtask_") in FORMER_TRIGGERS:
+            yield Change(what=f"drop trigger {name} of an earlier layout", sql=text)
     for suffix in TRIGGERS:
         name = f"pgtask_{suffix}"
-        text = objects.trigger(suffix, names, partitioned=facts.kind == "p")
+        text = objects.trigger(suffix, names, partitioned=facts.kind == "p", wake=wake)
         found, mark = facts.triggers.get(name), objects.mark(text)
-        if not wake and suffix in WAKING:
+        if suffix == "wake" and not wake:
             if found is not None:
                 yield Change(what=f"drop trigger {name}", sql=f"DROP TRIGGER {name} ON {names.task}")
         elif found != mark:

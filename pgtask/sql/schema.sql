@@ -14,12 +14,55 @@ BEGIN
 END
 $pgtask$;
 
--- name: stop_function — a running task was stopped or deleted: its worker must hear of it
+-- name: change_function — of what was written to a row: refuse a forged run, which would hold a slot of its group; wake the
+-- master for a row set back to PLAN, or moved, unless that is off; tell the worker whose row was stopped. Without a WHEN:
+-- its text would be read anew for every statement. $1 the master's table, $2 'wake'
+CREATE OR REPLACE FUNCTION {change}() RETURNS trigger LANGUAGE plpgsql AS $pgtask$
+DECLARE
+    target pg_catalog.oid;
+BEGIN
+    -- What most statements write, in one expression. An insert has no OLD.
+    IF (CASE WHEN OLD.state IS NULL
+        THEN NEW.state OPERATOR(pg_catalog.=) 'PLAN' AND NEW.pid IS NULL AND NEW.start IS NULL AND NEW.stop IS NULL
+            AND NEW.attempt OPERATOR(pg_catalog.=) 0
+        ELSE NEW.state OPERATOR(pg_catalog.<>) 'PLAN' AND NEW.state OPERATOR(pg_catalog.<>) 'STOP'
+    END) THEN
+        RETURN NULL;
+    END IF;
+    IF OLD.state IS NULL THEN
+        IF pg_catalog.has_table_privilege(pg_catalog.to_regclass(TG_ARGV[0])::pg_catalog.oid, 'UPDATE') IS NOT TRUE THEN
+            RAISE insufficient_privilege USING
+                MESSAGE = pg_catalog.concat('a task cannot be inserted as ', NEW.state, ', with a pid, a start or an attempt'),
+                HINT = 'Leave state, pid, start, stop and attempt to the scheduler.';
+        END IF;
+        RETURN NULL;
+    END IF;
+    target := coalesce(pg_catalog.pg_partition_root(TG_RELID)::pg_catalog.oid, TG_RELID);
+    IF NEW.state OPERATOR(pg_catalog.=) 'STOP' THEN
+        IF OLD.state OPERATOR(pg_catalog.=) 'TAKE' OR OLD.state OPERATOR(pg_catalog.=) 'WORK' THEN
+            PERFORM pg_catalog.pg_notify(pg_catalog.concat('pgtask_', target), OLD.id::pg_catalog.text);
+        END IF;
+    ELSIF TG_ARGV[1] OPERATOR(pg_catalog.=) 'wake'
+        AND pg_catalog.record_ne(
+            ROW(NEW.state, NEW.plan, NEW."group", NEW.max, NEW.remote), ROW(OLD.state, OLD.plan, OLD."group", OLD.max, OLD.remote))
+        AND NOT pg_catalog.pg_try_advisory_xact_lock_shared(target::int, -1)
+    THEN
+        PERFORM pg_catalog.pg_notify(pg_catalog.concat('pgtask_', target), '');
+    END IF;
+    RETURN NULL;
+END
+$pgtask$;
+
+-- name: stop_function — a running task was deleted: its worker must hear of it, unless it is the one that deletes
 CREATE OR REPLACE FUNCTION {stop}() RETURNS trigger LANGUAGE plpgsql AS $pgtask$
 BEGIN
-    PERFORM pg_catalog.pg_notify(
-        pg_catalog.concat('pgtask_', coalesce(pg_catalog.pg_partition_root(TG_RELID)::pg_catalog.oid, TG_RELID)),
-        OLD.id::pg_catalog.text);
+    IF (OLD.state OPERATOR(pg_catalog.=) 'TAKE' OR OLD.state OPERATOR(pg_catalog.=) 'WORK')
+        AND (OLD.pid OPERATOR(pg_catalog.<>) pg_catalog.pg_backend_pid()) IS NOT FALSE
+    THEN
+        PERFORM pg_catalog.pg_notify(
+            pg_catalog.concat('pgtask_', coalesce(pg_catalog.pg_partition_root(TG_RELID)::pg_catalog.oid, TG_RELID)),
+            OLD.id::pg_catalog.text);
+    END IF;
     RETURN NULL;
 END
 $pgtask$;
@@ -28,11 +71,6 @@ $pgtask$;
 -- finished row's return to PLAN, data, own columns
 CREATE OR REPLACE FUNCTION {guard}() RETURNS trigger LANGUAGE plpgsql SET search_path TO pg_catalog, pg_temp AS $pgtask$
 BEGIN  -- pgtask's: only those come here who may not write the master's table
-    IF TG_OP = 'INSERT' THEN
-        RAISE insufficient_privilege USING
-            MESSAGE = concat('a task cannot be inserted as ', NEW.state, ', with a pid, a start or an attempt'),
-            HINT = 'Leave state, pid, start, stop and attempt to the scheduler.';
-    END IF;
     IF (NEW.id, NEW.parent, NEW.pid, NEW.attempt, NEW.first) IS DISTINCT FROM (OLD.id, OLD.parent, OLD.pid, OLD.attempt, OLD.first)
         OR (NEW.start, NEW.stop, NEW.output, NEW.error, NEW.code, NEW.notice)
             IS DISTINCT FROM (OLD.start, OLD.stop, OLD.output, OLD.error, OLD.code, OLD.notice)
@@ -54,23 +92,12 @@ $pgtask$;
 -- name: wake_trigger
 CREATE OR REPLACE TRIGGER pgtask_wake AFTER INSERT ON {task} FOR EACH {each} EXECUTE FUNCTION {wake}();
 
--- name: move_trigger — a row set back to PLAN, or moved
-CREATE OR REPLACE TRIGGER pgtask_move AFTER UPDATE OF state, plan, "group", max, remote ON {task} FOR EACH ROW
-WHEN (NEW.state = 'PLAN') EXECUTE FUNCTION {wake}();
+-- name: change_trigger
+CREATE OR REPLACE TRIGGER pgtask_change AFTER INSERT OR UPDATE ON {task} FOR EACH ROW EXECUTE FUNCTION {change}({arguments});
 
--- name: stop_trigger
-CREATE OR REPLACE TRIGGER pgtask_stop AFTER UPDATE OF state ON {task} FOR EACH ROW
-WHEN (OLD.state IN ('TAKE', 'WORK') AND NEW.state = 'STOP') EXECUTE FUNCTION {stop}();
-
--- name: drop_trigger — a worker deletes its own row without a word
+-- name: drop_trigger — not for each of the finished rows that somebody clears away
 CREATE OR REPLACE TRIGGER pgtask_drop AFTER DELETE ON {task} FOR EACH ROW
-WHEN (OLD.state IN ('TAKE', 'WORK') AND OLD.pid IS DISTINCT FROM pg_backend_pid()) EXECUTE FUNCTION {stop}();
-
--- name: birth_trigger — a new row is a plan: a forged run would hold a slot of its group
-CREATE OR REPLACE TRIGGER pgtask_birth BEFORE INSERT ON {task} FOR EACH ROW
-WHEN ((NEW.state <> 'PLAN' OR NEW.pid IS NOT NULL OR NEW.start IS NOT NULL OR NEW.stop IS NOT NULL OR NEW.attempt <> 0)
-    AND NOT has_table_privilege({master_regclass}::regclass::oid, 'UPDATE'))
-EXECUTE FUNCTION {guard}();
+WHEN (OLD.stop IS NULL) EXECUTE FUNCTION {stop}();
 
 -- name: guard_trigger — a long condition would be read anew for every statement of the scheduler's own, and a trigger
 -- before the update would lock each row once more; but after one that moves a row to another partition there is none

@@ -20,7 +20,7 @@ def test_row_is_found_by_the_safety_poll_when_the_trigger_is_dropped_in_its_slee
 ) -> None:
     one = master("--safety", "500ms", database.conninfo, tables=1)
     backend = falls_asleep(database)
-    database.execute("DROP TRIGGER pgtask_wake ON task; DROP TRIGGER pgtask_move ON task")
+    database.execute("DROP TRIGGER pgtask_wake ON task; DROP TRIGGER pgtask_change ON task")
     for n in range(2):
         falls_asleep(database)
         assert database.wait(database.insert("SELECT 1", group=f"g{n}", delete=False))["state"] == "DONE"

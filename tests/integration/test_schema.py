@@ -106,9 +106,7 @@ def test_new_table_has_its_key_indexes_and_triggers(database: Database) -> None:
     indexes = database.execute("SELECT indexname FROM pg_indexes WHERE tablename = 'task' ORDER BY 1")
     assert [name for (name,) in indexes] == ["task_due", "task_lane", "task_pkey", "task_slot"]
     triggers = database.execute("SELECT tgname FROM pg_trigger WHERE tgrelid = 'task'::regclass ORDER BY 1")
-    assert [name for (name,) in triggers] == [
-        f"pgtask_{one}" for one in ("birth", "drop", "guard", "move", "stop", "wake")
-    ]
+    assert [name for (name,) in triggers] == [f"pgtask_{one}" for one in ("change", "drop", "guard", "wake")]
 
 
 def test_states_stand_in_the_order_of_pg_task(database: Database) -> None:
@@ -206,7 +204,7 @@ DAMAGES = {
     "primary key": "ALTER TABLE task DROP CONSTRAINT task_pkey",
     "function": "CREATE OR REPLACE FUNCTION task_wake() RETURNS trigger LANGUAGE plpgsql AS "
     "'BEGIN /* pgtask */ RETURN NULL; END'",
-    "functions": "DROP FUNCTION task_wake, task_stop, task_guard CASCADE",
+    "functions": "DROP FUNCTION task_wake, task_change, task_stop, task_guard CASCADE",
     "master table": "DROP TABLE task_master CASCADE",
 }
 
@@ -260,10 +258,33 @@ def test_short_table_of_the_user_is_completed_and_its_rows_run(
 
 def test_wake_switched_off_takes_the_triggers_that_notify_away(database: Database) -> None:
     install(database)
-    assert install(database, wake=False) == ["drop trigger pgtask_wake", "drop trigger pgtask_move"]
+    assert install(database, wake=False) == [
+        "drop trigger pgtask_wake",
+        "create trigger pgtask_change",
+        "mark trigger pgtask_change",
+    ]
     assert install(database, wake=False) == []
     install(database)
-    assert database.execute("SELECT count(*) FROM pg_trigger WHERE tgrelid = 'task'::regclass") == [(6,)]
+    assert database.execute("SELECT count(*) FROM pg_trigger WHERE tgrelid = 'task'::regclass") == [(4,)]
+
+
+FORMER = """
+    CREATE FUNCTION former() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE ''pgtask: not any more''; END';
+    CREATE TRIGGER pgtask_move AFTER UPDATE OF state, plan, "group", max, remote ON task FOR EACH ROW
+        WHEN (NEW.state = 'PLAN') EXECUTE FUNCTION former();
+    CREATE TRIGGER pgtask_stop AFTER UPDATE OF state ON task FOR EACH ROW
+        WHEN (OLD.state IN ('TAKE', 'WORK') AND NEW.state = 'STOP') EXECUTE FUNCTION former();
+    CREATE TRIGGER pgtask_birth BEFORE INSERT ON task FOR EACH ROW EXECUTE FUNCTION former();
+    DROP TRIGGER pgtask_change ON task"""
+
+
+def test_triggers_of_an_earlier_layout_go(database: Database) -> None:
+    install(database)
+    before = snapshot(database)
+    database.execute(FORMER)
+    install(database)
+    database.execute("DROP FUNCTION former()")
+    assert snapshot(database) == before
 
 
 # What is refused

@@ -175,7 +175,7 @@ def test_trigger_functions_on_a_table_of_anothers_reach_that_table_only(
     ear = base.database.connect()
     [(ours,)] = base.database.execute("SELECT 'task'::regclass::oid::bigint")
     ear.execute(f"LISTEN pgtask_{ours}".encode())
-    maker.execute("CREATE TABLE mine (id bigint, state state DEFAULT 'WORK') PARTITION BY LIST (id)")
+    maker.execute("CREATE TABLE mine (id bigint, state state DEFAULT 'WORK', pid int) PARTITION BY LIST (id)")
     maker.execute("CREATE TABLE mine_too PARTITION OF mine DEFAULT")
     for event, suffix in [("INSERT", "wake"), ("DELETE", "stop"), ("UPDATE", "guard")]:
         for table in ("mine", "mine_too"):

@@ -70,7 +70,7 @@ def test_insert_in_flight_when_the_master_falls_asleep_is_not_lost(database: Dat
     holder = database.connect(autocommit=False)
     keep = database.insert("SELECT 1", group="held", plan="2100-01-01", delete=False)
     holder.execute("SELECT FROM task WHERE id = %s FOR UPDATE", [keep])
-    database.execute("ALTER TABLE task DISABLE TRIGGER pgtask_move")
+    database.execute("ALTER TABLE task DISABLE TRIGGER pgtask_change")
     writer = database.connect(autocommit=False)
     mine = "SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND mode = 'ShareLock' AND objid = 4294967295"
 

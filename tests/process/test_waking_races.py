@@ -91,7 +91,7 @@ def test_plan_that_comes_between_two_steps_of_falling_asleep_is_met(
     id = database.insert("SELECT 1", group="planned", plan="2100-01-01", delete=False)
     falls_asleep(database)
     # Without a word to the master.
-    database.execute("ALTER TABLE task DISABLE TRIGGER pgtask_move")
+    database.execute("ALTER TABLE task DISABLE TRIGGER pgtask_change")
     with held(database, 7):
         database.execute("UPDATE task SET plan = clock_timestamp() + interval '1 s' WHERE id = %s", [id])
         wake_and_stop(stopper, tasks, statement)
