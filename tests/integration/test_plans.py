@@ -57,6 +57,15 @@ STATEMENTS = (
 QUICK = ("take", "next_after", "next_batch_after", "expire", "owned", "owners", "finish_all", "back")
 
 
+TRIGGERED = {
+    "insert": "INSERT INTO task (input, \"group\") VALUES ('SELECT 1', 'users')",
+    "plan again": "UPDATE task SET plan = now(), state = 'PLAN' WHERE id = 1",
+    "stop": "UPDATE task SET state = 'STOP' WHERE id = 2",
+    "delete": "DELETE FROM task WHERE id = 3",
+}
+"""What users do; the triggers run with it. Row 1 has ended, the others run."""
+
+
 class Table:
     """A task table without a master, and what statements on it cost, planned as the master's and workers' are."""
 
@@ -73,6 +82,11 @@ class Table:
         database.execute(
             INSERT + "SELECT now(), 'g' || mod(n, 10), 0, 'SELECT 1', 'PLAN' FROM generate_series(1, 50) AS n"
         )
+        for number, query in enumerate(TRIGGERED.values()):
+            body = f"UPDATE task SET state = 'DONE' WHERE id = 1; {query}; SELECT 1"
+            database.execute(
+                f"CREATE FUNCTION users_{number}() RETURNS int SET search_path = public LANGUAGE sql AS $$ {body} $$"
+            )
         session = database.connect(make_conninfo(**with_options(database.conninfo, SETTINGS)))
         for name in {*STATEMENTS, *QUICK}:
             session.execute(f"PREPARE hot_{name} AS {self.store.text(name)}".encode())
@@ -121,7 +135,23 @@ class Table:
         """Hit or read by the statement, once what it finds for the first time is behind it."""
         parameters = self.parameters(name, quick=quick)
         places = ", ".join(["%s"] * len(parameters))
-        text = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE hot_{name}" + (f"({places})" if places else "")
+        return self._buffers(f"EXECUTE hot_{name}" + (f"({places})" if places else ""), parameters)
+
+    def users_buffers(self, name: str) -> int:
+        """The same for what a user does; in a function, so that its triggers are counted as well."""
+        self.database.execute("ALTER TABLE task ENABLE TRIGGER USER")
+        try:
+            return self._buffers(f"SELECT public.users_{list(TRIGGERED).index(name)}()", ())
+        finally:
+            self.database.execute("ALTER TABLE task DISABLE TRIGGER USER")
+
+    def all_buffers(self) -> dict[str, int]:
+        return {name: self.buffers(name) for name in STATEMENTS} | {
+            name: self.users_buffers(name) for name in TRIGGERED
+        }
+
+    def _buffers(self, statement: str, parameters: tuple[Any, ...]) -> int:
+        text = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"
         for _ in range(2):
             with self._cursor.connection.transaction(force_rollback=True):
                 row = self._cursor.execute(text.encode(), parameters).fetchone()
@@ -136,15 +166,15 @@ def costs(request: pytest.FixtureRequest, server: AnyServer) -> Iterator[tuple[d
     try:
         table = Table(database)
         table.fill(BALLAST[request.param], FEW)
-        few = {name: table.buffers(name) for name in STATEMENTS}
+        few = table.all_buffers()
         table.fill(BALLAST[request.param], MANY - FEW)
-        yield few, {name: table.buffers(name) for name in STATEMENTS}
+        yield few, table.all_buffers()
     finally:
         database.close()
         drop(database)
 
 
-@pytest.mark.parametrize("name", STATEMENTS)
+@pytest.mark.parametrize("name", [*STATEMENTS, *TRIGGERED])
 def test_statement_costs_the_same_whatever_lies_in_the_table(
     costs: tuple[dict[str, int], dict[str, int]], name: str
 ) -> None:
