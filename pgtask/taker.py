@@ -128,7 +128,7 @@ class Taker:
             self._store.text("take"), capacity, resting, LOOK, now, lanes, self._term.since, *looked
         )
         self._costs.append(time.monotonic() - started)
-        batch = self._batch(rows, held)
+        batch = self._batch(rows, held, started)
         if self.closed:  # meanwhile
             self._mender.not_begun(*batch.rows)
             return batch
@@ -139,7 +139,7 @@ class Taker:
             self._pool.served(self._client)
         return batch
 
-    def _batch(self, rows: list[tuple[Any, ...]], held: dict[int, set[int]]) -> Batch:
+    def _batch(self, rows: list[tuple[Any, ...]], held: dict[int, set[int]], started: float) -> Batch:
         """What was taken, each row with the lowest free number of its lane: not above `max`, as `take` has counted."""
         taken: list[Taken] = []
         who = {"taker": self._term.session.pid, "term": self._term.number}
@@ -158,7 +158,8 @@ class Taker:
         self._place = (place[0], place[1])
         more, left = self._walk_from is not None, self._left or seen > len(taken) + late
         self._left = left and more
-        moment = math.inf if next is None else time.monotonic() + next
+        # The server has counted from the end of the look, not from when we hear of it.
+        moment = math.inf if next is None else started + cost + next
         return Batch(rows=taken, late=late, left=left, waiting=waiting, more=more, now=now, next=moment)
 
     def _hand_out(self, batch: Batch) -> None:
