@@ -102,7 +102,7 @@ class Sleeper:
             await self._go_on(batch)
         elif not batch.more:
             self._empty += 1
-            await self._pause(batch)
+            await self._settle(batch)
         elif not self._asleep or self._wake.is_set():
             await self._rise()
             await self.wait(self._at_most(self._taker.gap))
@@ -122,7 +122,8 @@ class Sleeper:
     def _at_most(self, *seconds: float) -> float:
         return min(self.config.sleep.total_seconds(), *seconds)
 
-    async def _pause(self, batch: Batch) -> None:
+    async def _settle(self, batch: Batch) -> None:
+        """Nothing was found, everywhere: sleep if nothing can be missed, else look again soon."""
         pause = self._at_most(0.001 * 2 ** min(self._empty, 10))
         if not self.config.wake:
             # However many such tables there are, the master has time left for workers and signals.
