@@ -53,6 +53,22 @@ def test_insert_wakes_a_sleeping_master(database: Database, slow: Master) -> Non
         is_done(database, database.insert("SELECT 1", group=f"g{n}", delete=False))
 
 
+def test_task_that_comes_alone_is_handed_out_without_letting_go_of_the_lock(
+    talkative: Database, master: Callable[..., Master]
+) -> None:
+    """Where a look is dear, as on a machine that is busy, the master rises all the same: so not each time."""
+    master("--safety", "1h", talkative.conninfo, tables=1)
+
+    def stays_asleep() -> bool:
+        falls_asleep(talkative)
+        before = len(statements(talkative))
+        talkative.wait(talkative.insert("SELECT 1", delete=False))
+        falls_asleep(talkative)
+        return not any("pg_advisory_unlock" in statement for statement in statements(talkative)[before:])
+
+    eventually(stays_asleep)
+
+
 def test_insert_by_another_role_wakes_it_too(database: Database, slow: Master) -> None:
     database.admin_execute("CREATE ROLE inserter")
     try:
