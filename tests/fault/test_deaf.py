@@ -49,8 +49,8 @@ class Case:
         return int(self.database.admin_execute(query)[0][0])
 
     def asleep(self) -> bool:
-        """The master has said its last word before it waits: it knows of the next planned moment."""
-        return self.masters("state = 'idle' AND query LIKE '%ORDER BY t.plan%LIMIT 1'") == 1
+        """The master has said its last word before it first waits: it has looked for what came too late."""
+        return self.masters("state = 'idle' AND query LIKE '%FROM late%ON true'") == 1
 
 
 class Scene:
