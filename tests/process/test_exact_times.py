@@ -33,10 +33,11 @@ def base(server: AnyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture
-def slow(base: Database) -> Database:
+def slow(base: Database) -> Iterator[Database]:
     """The same with an empty table."""
     base.execute("DELETE FROM task")
-    return base
+    yield base
+    base.close()
 
 
 def in_ms(milliseconds: float) -> sql.SQL:

@@ -43,11 +43,12 @@ def base(server: AnyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture
-def slow(base: Served) -> Served:
-    """A master that is of no use unless it is woken, asleep, and an empty table."""
-    base.database.execute("DELETE FROM task")
+def slow(base: Served) -> Iterator[Served]:
+    """A master that is of no use unless it is woken, asleep, and an empty table; whatever the last test left of it."""
+    base.database.execute("DELETE FROM task; ALTER TABLE task ENABLE TRIGGER USER")
     falls_asleep(base.database)
-    return base
+    yield base
+    base.database.close()
 
 
 def is_done(database: Database, id: int) -> None:
@@ -98,7 +99,6 @@ def test_insert_in_flight_when_the_master_falls_asleep_is_not_lost(slow: Served)
     writer.commit()
     eventually(lambda: [r["state"] for r in database.tasks("data = 'in flight'")] == ["DONE"])
     holder.rollback()
-    database.execute("ALTER TABLE task ENABLE TRIGGER pgtask_move")
 
 
 def test_many_inserters_at_once_lose_no_task(slow: Served) -> None:
