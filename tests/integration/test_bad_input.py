@@ -1,12 +1,12 @@
 """Whatever a task's input does, its row ends in the right state with an error that helps, and the next task runs."""
 
-import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.fixtures.locks import held, runs_waiting
 from tests.fixtures.served import PROBE, Served, served
 from tests.fixtures.server import AnyServer
 from tests.fixtures.wait import eventually
@@ -279,14 +279,14 @@ def test_write_in_a_transaction_that_the_task_made_read_only_fails(base: Served)
 
 def test_row_changed_by_another_does_not_lose_a_serializable_run(base: Served) -> None:
     database = base.database
-    with held(base, 77):
+    with held(base.database, 77):
         id, following = base.insert_pair(
             "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; INSERT INTO effect VALUES ('snapshot');"
             " SELECT pg_advisory_xact_lock(77)",
             group="snapshot",
         )
         database.wait(id, "WORK")
-        eventually(lambda: waiting_for_lock(base))
+        eventually(lambda: runs_waiting(base.database))
         database.execute("UPDATE task SET data = 'changed' WHERE id = %s", [id])
     row, after = database.wait(id), database.wait(following)
     assert (row["state"], row["data"], effects(base, "snapshot")) == ("DONE", "changed", 1)
@@ -296,13 +296,13 @@ def test_row_changed_by_another_does_not_lose_a_serializable_run(base: Served) -
 def test_row_stopped_without_a_word_undoes_a_run_whose_snapshot_is_older(base: Served) -> None:
     """Without triggers nobody is told: only the finish finds out, and by a serialization failure at that."""
     database = base.database
-    with held(base, 76):
+    with held(base.database, 76):
         id, following = base.insert_pair(
             "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; INSERT INTO effect VALUES ('stopped');"
             " SELECT pg_advisory_xact_lock(76)",
             group="stopped snapshot",
         )
-        eventually(lambda: waiting_for_lock(base))
+        eventually(lambda: runs_waiting(base.database))
         stop = "SET session_replication_role = replica; UPDATE public.task SET state = 'STOP' WHERE id = "
         database.admin_execute(f"{stop}{id}")
     assert database.wait(following)["state"] == "DONE"
@@ -827,7 +827,7 @@ def test_truncated_table_serves_on(server: AnyServer, tmp_path_factory: pytest.T
 
 def test_row_changed_while_it_runs_keeps_the_change(base: Served) -> None:
     database = base.database
-    with held(base, 78):
+    with held(base.database, 78):
         id, following = base.insert_pair("SELECT pg_advisory_xact_lock(78)", group="changed")
         database.wait(id, "WORK")
         database.execute("UPDATE task SET data = 'changed', header = false, quote = 'x' WHERE id = %s", [id])
@@ -838,7 +838,7 @@ def test_row_changed_while_it_runs_keeps_the_change(base: Served) -> None:
 
 def test_row_moved_to_another_group_while_it_runs_ends_as_it_began(base: Served) -> None:
     database = base.database
-    with held(base, 79):
+    with held(base.database, 79):
         id, following = base.insert_pair("SELECT pg_advisory_xact_lock(79)", group="moved")
         database.wait(id, "WORK")
         database.execute("UPDATE task SET \"group\" = 'moved away' WHERE id = %s", [id])
@@ -849,32 +849,13 @@ def test_row_moved_to_another_group_while_it_runs_ends_as_it_began(base: Served)
 def test_row_locked_by_somebody_while_it_ends_is_finished_when_he_lets_go(base: Served) -> None:
     database = base.database
     input = "INSERT INTO effect VALUES ('locked'); SELECT pg_advisory_xact_lock(80)"
-    with held(base, 80):
+    with held(base.database, 80):
         id, following = base.insert_pair(input, group="locked")
         database.wait(id, "WORK")
         other = database.connect(autocommit=False)
         other.execute("UPDATE task SET data = 'locked' WHERE id = %s", [id])
-    eventually(lambda: waiting_for_lock(base))
+    eventually(lambda: runs_waiting(base.database))
     other.commit()
     row, after = database.wait(id), database.wait(following)
     assert (row["state"], row["data"], effects(base, "locked")) == ("DONE", "locked", 1)
     assert after["state"] == "DONE"
-
-
-def waiting_for_lock(base: Served) -> bool:
-    """Does a run of this database wait for a lock?"""
-    return bool(
-        base.database.execute(
-            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-            " AND starts_with(application_name, 'pgtask ')"
-        )
-    )
-
-
-@contextlib.contextmanager
-def held(base: Served, key: int) -> Iterator[None]:
-    """Hold an advisory lock that a task waits for."""
-    session = base.database.connect()
-    session.execute("SELECT pg_advisory_lock(%s)", [key])
-    yield
-    session.execute("SELECT pg_advisory_unlock(%s)", [key])

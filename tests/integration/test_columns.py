@@ -435,9 +435,9 @@ def test_only_plan_is_run(served: Database, state: str) -> None:
 
 
 def test_stopped_task_is_not_run_until_it_is_set_back(served: Database) -> None:
-    id = served.insert("SELECT 1", plan=sql.SQL("clock_timestamp() + interval '200 ms'"), delete=False)
+    id = served.insert("SELECT 1", plan=sql.SQL("clock_timestamp() + interval '1 s'"), delete=False)
     served.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
-    passes(0.3)
+    passes(1.1)
     row = served.task(id)
     assert row is not None
     assert (row["state"], row["start"]) == ("STOP", None)

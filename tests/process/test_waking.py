@@ -11,6 +11,8 @@ from tests.fixtures.database import Database
 from tests.fixtures.locks import ASLEEP, asleep, falls_asleep, held, passes
 from tests.fixtures.master import Master
 from tests.fixtures.processes import cpu_seconds
+from tests.fixtures.served import Served, served
+from tests.fixtures.server import AnyServer
 from tests.fixtures.wait import eventually
 
 
@@ -34,12 +36,19 @@ def said_per_second(database: Database, seconds: float) -> float:
     return said / (time.monotonic() - since)
 
 
+@pytest.fixture(scope="module")
+def base(server: AnyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with served(server, tmp_path_factory.mktemp("slow"), config='safety = "1h"\nsleep = "1h"') as one:
+        yield one
+
+
 @pytest.fixture
-def slow(database: Database, master: Callable[..., Master]) -> Iterator[Master]:
-    """A master that is of no use unless it is woken."""
-    one = master("--safety", "1h", "--sleep", "1h", database.conninfo, tables=1)
-    falls_asleep(database)
-    yield one
+def slow(base: Served) -> Iterator[Served]:
+    """A master that is of no use unless it is woken, asleep, and an empty table; whatever the last test left of it."""
+    base.database.execute("DELETE FROM task; ALTER TABLE task ENABLE TRIGGER USER")
+    falls_asleep(base.database)
+    yield base
+    base.database.close()
 
 
 def is_done(database: Database, id: int) -> None:
@@ -47,7 +56,8 @@ def is_done(database: Database, id: int) -> None:
     assert database.wait(id)["state"] == "DONE"
 
 
-def test_insert_wakes_a_sleeping_master(database: Database, slow: Master) -> None:
+def test_insert_wakes_a_sleeping_master(slow: Served) -> None:
+    database = slow.database
     for n in range(3):
         falls_asleep(database)
         is_done(database, database.insert("SELECT 1", group=f"g{n}", delete=False))
@@ -69,7 +79,8 @@ def test_task_that_comes_alone_is_handed_out_without_letting_go_of_the_lock(
     eventually(stays_asleep)
 
 
-def test_insert_by_another_role_wakes_it_too(database: Database, slow: Master) -> None:
+def test_insert_by_another_role_wakes_it_too(slow: Served) -> None:
+    database = slow.database
     database.admin_execute("CREATE ROLE inserter")
     try:
         database.execute("GRANT INSERT ON task TO inserter")
@@ -82,7 +93,8 @@ def test_insert_by_another_role_wakes_it_too(database: Database, slow: Master) -
         database.admin_execute("DROP OWNED BY inserter; DROP ROLE inserter")
 
 
-def test_insert_in_flight_when_the_master_falls_asleep_is_not_lost(database: Database, slow: Master) -> None:
+def test_insert_in_flight_when_the_master_falls_asleep_is_not_lost(slow: Served) -> None:
+    database = slow.database
     holder = database.connect(autocommit=False)
     keep = database.insert("SELECT 1", group="held", plan="2100-01-01", delete=False)
     holder.execute("SELECT FROM task WHERE id = %s FOR UPDATE", [keep])
@@ -105,7 +117,8 @@ def test_insert_in_flight_when_the_master_falls_asleep_is_not_lost(database: Dat
     holder.rollback()
 
 
-def test_many_inserters_at_once_lose_no_task(database: Database, slow: Master) -> None:
+def test_many_inserters_at_once_lose_no_task(slow: Served) -> None:
+    database = slow.database
     sessions = [database.connect() for _ in range(4)]
     for n in range(100):
         sessions[n % 4].execute(
@@ -116,9 +129,8 @@ def test_many_inserters_at_once_lose_no_task(database: Database, slow: Master) -
     eventually(lambda: database.execute("SELECT count(*) FROM task WHERE state = 'DONE'") == [(100,)])
 
 
-def test_due_row_that_somebody_holds_locked_keeps_nobody_else_and_runs_after_release(
-    database: Database, slow: Master
-) -> None:
+def test_due_row_that_somebody_holds_locked_keeps_nobody_else_and_runs_after_release(slow: Served) -> None:
+    database = slow.database
     id = database.insert("SELECT 1", group="g", plan="2100-01-01", delete=False)
     holder = database.connect(autocommit=False)
     holder.execute("SELECT FROM task WHERE id = %s FOR UPDATE", [id])
@@ -126,22 +138,28 @@ def test_due_row_that_somebody_holds_locked_keeps_nobody_else_and_runs_after_rel
     holder.commit()
     is_done(database, id)
     locked = database.connect(autocommit=False)
-    locked.execute(
-        "INSERT INTO task (id, input, \"group\", plan, delete) VALUES (1000, 'SELECT 1', 'g', now() + '0.5 s', false)"
-    )
-    locked.commit()
-    locked.execute("SELECT FROM task WHERE id = 1000 FOR UPDATE")
-    passes(0.6)
+
+    def locked_in_time() -> int:
+        plan = psycopg.sql.SQL("clock_timestamp() + interval '400 ms'")
+        id = database.insert("SELECT 1", group="g", plan=plan, delete=False)
+        if locked.execute("SELECT state::text FROM task WHERE id = %s FOR UPDATE", [id]).fetchone() == ("PLAN",):
+            return id
+        locked.rollback()
+        return 0
+
+    late = eventually(locked_in_time)
+    passes(0.5)
     is_done(database, database.insert("SELECT 1", group="g", delete=False))
     is_done(database, database.insert("SELECT 1", group="other", delete=False))
-    assert database.task(1000)["state"] == "PLAN"  # type: ignore[index]
-    eventually(lambda: not slow.workers())  # the end of a worker wakes too
+    assert database.task(late)["state"] == "PLAN"  # type: ignore[index]
+    eventually(lambda: not slow.master.workers())  # the end of a worker wakes too
     passes(0.2)
     locked.rollback()
-    is_done(database, 1000)
+    is_done(database, late)
 
 
-def test_planned_task_starts_when_it_is_due(database: Database, slow: Master) -> None:
+def test_planned_task_starts_when_it_is_due(slow: Served) -> None:
+    database = slow.database
     delays = [0.9, 0.3, 0.6]
     ids = [
         database.insert("SELECT 1", plan=psycopg.sql.SQL(f"clock_timestamp() + interval '{s} s'"), delete=False)  # type: ignore[arg-type]
@@ -152,14 +170,16 @@ def test_planned_task_starts_when_it_is_due(database: Database, slow: Master) ->
         assert row["start"] >= row["plan"]
 
 
-def test_plan_that_is_moved_earlier_wakes(database: Database, slow: Master) -> None:
+def test_plan_that_is_moved_earlier_wakes(slow: Served) -> None:
+    database = slow.database
     id = database.insert("SELECT 1", plan="2100-01-01", delete=False)
     falls_asleep(database)
     database.execute("UPDATE task SET plan = now() WHERE id = %s", [id])
     is_done(database, id)
 
 
-def test_finished_task_set_back_to_plan_runs_again(database: Database, slow: Master) -> None:
+def test_finished_task_set_back_to_plan_runs_again(slow: Served) -> None:
+    database = slow.database
     id = database.insert("SELECT 1", delete=False)
     first = database.wait(id)
     falls_asleep(database)
@@ -168,10 +188,11 @@ def test_finished_task_set_back_to_plan_runs_again(database: Database, slow: Mas
     assert row["start"] > first["start"]
 
 
-def test_stopped_task_never_runs_and_may_be_planned_again(database: Database, slow: Master) -> None:
-    id = database.insert("SELECT 1", plan=psycopg.sql.SQL("now() + interval '300 ms'"), delete=False)
+def test_stopped_task_never_runs_and_may_be_planned_again(slow: Served) -> None:
+    database = slow.database
+    id = database.insert("SELECT 1", plan=psycopg.sql.SQL("now() + interval '1 s'"), delete=False)
     database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
-    passes(0.5)
+    passes(1.2)
     row = database.task(id)
     assert row is not None
     assert (row["state"], row["attempt"]) == ("STOP", 0)
@@ -179,7 +200,8 @@ def test_stopped_task_never_runs_and_may_be_planned_again(database: Database, sl
     is_done(database, id)
 
 
-def test_running_task_that_is_stopped_or_deleted_is_cancelled(database: Database, slow: Master) -> None:
+def test_running_task_that_is_stopped_or_deleted_is_cancelled(slow: Served) -> None:
+    database = slow.database
     stopped, deleted = (database.insert("SELECT pg_sleep(60)", group=g, delete=False) for g in "ab")
     pids = [database.wait(id, "WORK")["pid"] for id in (stopped, deleted)]
     database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [stopped])
@@ -246,7 +268,8 @@ def test_notify_is_sent_only_to_a_sleeping_master(database: Database, master: Ca
     assert len(list(session.notifies(timeout=2, stop_after=1))) == 1
 
 
-def test_worker_that_finishes_its_runs_notifies_nobody(database: Database, slow: Master) -> None:
+def test_worker_that_finishes_its_runs_notifies_nobody(slow: Served) -> None:
+    database = slow.database
     session = database.connect()
     [(oid,)] = database.execute("SELECT 'task'::regclass::oid::bigint")
     session.execute(f"LISTEN pgtask_{oid}".encode())
@@ -344,13 +367,13 @@ def test_stop_that_waits_for_a_run_does_not_make_the_master_spin(
     assert one.process.wait(20) == 0
 
 
-def test_master_that_waits_uses_no_cpu(database: Database, slow: Master) -> None:
+def test_master_that_waits_uses_no_cpu(slow: Served) -> None:
     """Nothing but the tick of a clock may be counted, and what it does once after its start."""
 
     def used() -> float:
-        before = cpu_seconds(slow.pid)
+        before = cpu_seconds(slow.master.pid)
         passes(0.5)
-        return cpu_seconds(slow.pid) - before
+        return cpu_seconds(slow.master.pid) - before
 
     eventually(lambda: used() < 0.015)
     assert used() < 0.015
