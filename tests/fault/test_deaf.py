@@ -16,6 +16,7 @@ from pgtask.async_session import AsyncSession
 from pgtask.process import Children
 from tests.fixtures.database import Database, drop
 from tests.fixtures.ledger import ENTRY, Ledger
+from tests.fixtures.locks import falls_asleep
 from tests.fixtures.master import Master, end, launch, rows_left
 from tests.fixtures.proxy import Proxy
 from tests.fixtures.served import create_fresh
@@ -47,10 +48,6 @@ class Case:
         query = f"""SELECT count(*) FROM pg_stat_activity
             WHERE application_name = 'pgtask master' AND datname = '{self.database.name}' AND {where}"""
         return int(self.database.admin_execute(query)[0][0])
-
-    def asleep(self) -> bool:
-        """The master has said its last word before it first waits: it has looked for what came too late."""
-        return self.masters("state = 'idle' AND query LIKE '%FROM late%ON true'") == 1
 
 
 class Scene:
@@ -103,7 +100,7 @@ def entry(name: str, case: Case) -> str:
 def go_deaf(name: str, case: Case) -> None:
     """Each in its own way; there is a task to run in every case."""
     if name == "waiting":
-        eventually(case.asleep)
+        falls_asleep(case.database)
         assert case.proxy.deafen("pgtask master") == 1
         case.ledger.fill(1)
     elif name == "running":
