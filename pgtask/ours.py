@@ -164,10 +164,14 @@ class Ours:
         steps.add(name, Step(text, [param(value) for value in params]))
 
     def turn(self, steps: Steps, task: Task) -> None:
-        """Add the settings of a run that shares its transaction."""
+        """Add what a run that shares its transaction begins with, in a savepoint of its own, the settings last."""
+        steps.own("savepoint", "reset")
+        if self._temporary:
+            steps.own("temporary")
         where = (self.encode(self.store.schema), self.encode(self.store.table))
         settings = (b"%d" % task.id, task.group, *where, task.name)
-        steps.add("turn", Step(own_text("turn"), (*settings, self.fresh.user, self.fresh.role)))
+        dropped = b"true" if self._temporary else b"false"
+        steps.add("turn", Step(own_text("turn"), (*settings, self.fresh.user, self.fresh.role, dropped)))
 
     def tidy_up(self, steps: Steps) -> None:
         """Add, after the commit, what makes the session like a new one, and asks what else it takes."""

@@ -33,11 +33,17 @@ ONE = re.compile(rb"\s*(SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE|CALL
 ENDING = re.compile(rb"\b(COMMIT|END|ROLLBACK|ABORT|PREPARE|BEGIN|START|SAVEPOINT|RELEASE)\b", re.IGNORECASE)
 """Words without which no text of several statements can end or leave the transaction that it runs in."""
 
+LASTING = re.compile(rb"\bCONSTRAINTS\b", re.IGNORECASE)
+"""Without this nothing changes when the constraints of all others are checked, for which there is no way back."""
+
 ENCODING = re.compile(rb"client_encoding", re.IGNORECASE)
 """Without this a single statement does not change how its own answer is encoded."""
 
 APART = ("25", "2D", "40", "57", "08")
 """Classes of errors after which a task is run by itself: no block admits it, a conflict, a cancel, a parameter."""
+
+LEFT = ("42P03", "42P05")
+"""A cursor or prepared statement of this name exists: maybe it was left by one before in the same transaction."""
 
 LONERS = ("25001", "2D000", "42601", "42P02", "42P18")
 """Errors that would come again: of what no block admits, of several statements in one, or a parameter, of which the
@@ -45,9 +51,6 @@ extended protocol says otherwise what is meant."""
 
 GRACE = 2
 """A run is cancelled when this many times the batch's time has gone by."""
-
-WIDTH = 5
-"""Steps of a run that goes down with others."""
 
 MOST = 1 << 28
 """Bytes of output that are written together."""
@@ -63,6 +66,8 @@ class Way(Enum):
 
 def way(input: bytes) -> Way:
     """The quickest that can by no means end the transaction."""
+    if LASTING.search(input):
+        return Way.ALONE
     one = ONE.match(input) is not None and not ENCODING.search(input)
     if one and b";" not in input.rstrip(b"; \t\r\n"):
         return Way.PIPELINE
@@ -162,22 +167,19 @@ class Shared:
             self._before = ""
         return steps
 
-    def _add_turn(self, steps: Steps, task: Task) -> None:
-        steps.own("savepoint", "reset")
-        self._ours.turn(steps, task)
-
     def _send(self, wave: Sequence[Task]) -> int:
         """Run them in one pipeline, until one fails. Returns how many have ended."""
         steps = self._steps()
         ahead = len(steps.names)
         for task in wave:
-            self._add_turn(steps, task)
+            self._ours.turn(steps, task)
             steps.add("input", Step(task.input, plain=True))
             steps.own("release")
+        turn, width = steps.names.index("turn"), (len(steps.names) - ahead) // len(wave)
         transcripts = [Transcript(session=self._session, format=task.format) for task in wave]
 
         def notice(result: pq.abc.PGresult) -> None:
-            transcripts[max(0, self._session.answered - ahead) // WIDTH].notice(result)
+            transcripts[max(0, self._session.answered - ahead) // width].notice(result)
 
         self._session.on_notice = notice
         failure: StatementFailed | None = None
@@ -187,20 +189,19 @@ class Shared:
             if steps.names[failed.step] != "input":
                 raise
             failure, results = failed, list(failed.before)
-        count = max(0, len(results) - ahead) // WIDTH
+        count = max(0, len(results) - ahead) // width
         for at in range(count):
-            turn = ahead + at * WIDTH + 2
-            transcripts[at].add(results[turn + 1])
-            self._end(wave[at], transcripts[at].outcome(), results[turn])
+            transcripts[at].add(results[turn + at * width + 1])
+            self._end(wave[at], transcripts[at].outcome(), results[turn + at * width])
         if failure is None:
             return count
         transcripts[count].add(failure.result)
-        return count + self._failed(wave[count], transcripts[count].outcome(), results[ahead + count * WIDTH + 2])
+        return count + self._failed(wave[count], transcripts[count].outcome(), results[turn + count * width])
 
     def _query(self, task: Task) -> int:
         """Run one by the simple protocol. Returns 1 when it has ended, 0 when it must run by itself."""
         steps = self._steps()
-        self._add_turn(steps, task)
+        self._ours.turn(steps, task)
         turn = self._session.pipeline(steps.steps, tick=self._watch)[-1]
         outcome = execute(self._session, task.input, task.format, prefix=b"", limits=self.limits, tick=self._tick)
         if not outcome.ok:
@@ -215,7 +216,7 @@ class Shared:
         """Undo it, and no other. Returns 1 if that is its end."""
         self._before = "rollback_to"
         self.never = outcome.code in LONERS
-        if self.never or self.limits.cancelled or outcome.code[:2] in APART:
+        if self.never or self.limits.cancelled or outcome.code[:2] in APART or outcome.code in LEFT:
             self.apart = True
             return 0
         self._end(task, outcome, turn)

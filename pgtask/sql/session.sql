@@ -71,11 +71,13 @@ SELECT
         ELSE pg_catalog.current_setting('synchronous_commit') END, true){settings};
 
 -- name: turn — the settings of a run that shares its transaction, and its beginning, as text that every DateStyle reads:
--- divides by zero where the one before has changed the user or the role. $1 id, $2 group, $3 schema, $4 table, $5 the
--- application_name, $6 the user who logged in, $7 the role that a new session has
+-- divides by zero where the one before has changed the user or the role, or has left what is temporary. $1 id, $2 group,
+-- $3 schema, $4 table, $5 the application_name, $6 the user who logged in, $7 the role that a new session has, $8 whether
+-- all that is temporary was dropped just now
 SELECT
     1 OPERATOR(pg_catalog./) (SESSION_USER::pg_catalog.text OPERATOR(pg_catalog.=) $6::pg_catalog.text
-        AND pg_catalog.current_setting('role') OPERATOR(pg_catalog.=) $7::pg_catalog.text)::pg_catalog.int4,
+        AND pg_catalog.current_setting('role') OPERATOR(pg_catalog.=) $7::pg_catalog.text
+        AND ($8::pg_catalog.bool OR pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.=) 0::pg_catalog.oid))::pg_catalog.int4,
     pg_catalog.set_config('pg_task.id', $1, false), pg_catalog.set_config('pg_task.group', $2, false),
     pg_catalog.set_config('pg_task.schema', $3, false), pg_catalog.set_config('pg_task.table', $4, false),
     pg_catalog.set_config('application_name', $5, false),

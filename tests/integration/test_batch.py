@@ -176,6 +176,39 @@ def test_changed_setting_of_the_role_reaches_those_that_share_without_a_pause_be
     assert len({row["pid"] for row in found}) == 2
 
 
+@pytest.mark.parametrize(
+    "input",
+    [
+        "CREATE TEMP TABLE IF NOT EXISTS t (a int); INSERT INTO t VALUES (1); SELECT count(*) FROM t",
+        "SELECT temporary()",
+        "SELECT 1 / (temporary() - 2)",
+        "DECLARE c CURSOR FOR SELECT 1; FETCH c",
+        "DO $$ BEGIN EXECUTE 'PREPARE mine AS SELECT 1'; END $$",
+    ],
+)
+def test_what_a_task_leaves_in_its_session_is_not_found_by_the_next(group: Group, input: str) -> None:
+    group.database.execute(
+        "CREATE FUNCTION temporary() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN"
+        " CREATE TEMP TABLE IF NOT EXISTS t (a int) ON COMMIT DROP; INSERT INTO t VALUES (1);"
+        " RETURN (SELECT count(*) FROM t); END $$"
+    )
+    found = group.run(*["SELECT 1", input, input, "SELECT 1"] * 5)
+    assert {(row["state"], row["output"], row["error"]) for row in found[1::4] + found[2::4]} == {
+        ("DONE", found[1]["output"], None)
+    }
+    assert found[1]["output"].splitlines()[-1] in ("1", "-1", "DO")
+    assert [row["output"] for row in found[::4] + found[3::4]] == ["1"] * 10
+
+
+def test_when_constraints_are_checked_is_no_business_of_another(group: Group) -> None:
+    group.database.execute(
+        "CREATE TABLE parent (id int PRIMARY KEY);"
+        "CREATE TABLE child (parent int REFERENCES parent DEFERRABLE INITIALLY DEFERRED)"
+    )
+    found = group.run("SET CONSTRAINTS ALL IMMEDIATE", "INSERT INTO child VALUES (1); INSERT INTO parent VALUES (1)")
+    assert [(row["state"], row["error"]) for row in found] == [("DONE", None)] * 2
+
+
 def test_silent_tasks_are_removed(group: Group) -> None:
     inputs = ["SELECT 1 WHERE false", "SELECT 2", "SELECT 1 / 0", "SELECT FROM task LIMIT 0"]
     ids = group.insert(*inputs, delete=True)

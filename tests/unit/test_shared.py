@@ -56,6 +56,8 @@ def test_what_has_no_word_that_ends_a_transaction_goes_down_as_it_is(input: byte
         b"BEGIN; SELECT 1",
         b"START TRANSACTION",
         b"/* SELECT 1 */ COMMIT",
+        b"SET CONSTRAINTS ALL IMMEDIATE",
+        b"DO $$ BEGIN SET CONSTRAINTS ALL IMMEDIATE; END $$",
         b"/* /* */ SELECT */ COMMIT",
         b"-- SELECT\nCOMMIT",
         b"ANALYZE t;COMMIT;",
