@@ -164,6 +164,8 @@ class Mender:
         await self._rescue(term, backends, reasons, interrupted, felled)
         gone = set(backends) - {pid for pid, _ in alive}
         self._dead = [fate for fate in self._dead if fate.backend not in gone]
+        if gone:
+            self._rescue_at = 0.0  # one of their rows may be locked by somebody, and is looked for until it is not
         self._burials = self._burials + 1 if self._dead else 0
         if self._dead:
             pause = min(1.0, 0.01 * 2 ** min(self._burials, 10))

@@ -440,12 +440,12 @@ class Worker:
             if not self.limits.buried:
                 raise
             message = str(lost).encode()
-        self.hand.clear()  # they belonged to that backend, and are rescued
         self.session.close()
         owner = self.finisher.owner
         self._open()
         self.finisher.owner = owner
         self._await_end(owner)
+        self._keep(0)  # they belonged to that backend
         error = Error(severity=b"FATAL", message=message, code=b"57014")
         return Outcome(output=None, errors=(error,), notice=None, encoding=self.spec.encoding)
 

@@ -66,6 +66,36 @@ def test_run_lost_with_others_counts_for_none_and_each_runs_by_itself_the_next_t
     assert len(held.master.logged(r"\bran\b.* together=")) == 0
 
 
+def test_row_that_is_locked_when_its_worker_dies_goes_back_when_the_lock_is_gone(held: Held) -> None:
+    held.master.may_log_errors = True
+    locker = held.database.connect(autocommit=False)
+    locker.execute("SELECT FROM task WHERE id = %s FOR UPDATE", [held.ids[-1]])
+    os.kill(held.master.workers()[0], SIGKILL)
+    held.let_go()
+    eventually(lambda: [state for state, _ in held.states()] == ["PLAN", "PLAN", "PLAN", "WORK"])
+    locker.rollback()
+    assert {held.database.wait(id)["state"] for id in held.ids} == {"DONE"}
+    assert held.did() == [str(id) for id in held.ids]
+
+
+def test_those_in_hand_go_back_when_one_that_no_cancel_ends_has_lost_the_session(
+    database: Database, master: Callable[..., Master]
+) -> None:
+    master("--batch-time", "100ms", database.conninfo, tables=1)
+    deaf = (
+        "DO $$ BEGIN LOOP BEGIN PERFORM pg_sleep(100); EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP; END $$;"
+        " SELECT 'COMMIT'"
+    )
+    query = (
+        "INSERT INTO task (input, delete, batch, timeout) SELECT i, false, 10, '500 ms'"
+        " FROM unnest(%s::text[]) WITH ORDINALITY AS u (i, n) ORDER BY n RETURNING id"
+    )
+    ids = [id for (id,) in database.execute(query, [["SELECT 1", deaf, "SELECT 2", "SELECT 3"]])]
+    database.wait(ids[3], "WORK")
+    rows = [database.wait(id) for id in ids]
+    assert [(row["state"], row["attempt"]) for row in rows] == [("DONE", 1), ("FAIL", 1), ("DONE", 1), ("DONE", 1)]
+
+
 @pytest.mark.parametrize("sig", [SIGTERM, SIGINT])
 def test_stop_of_the_master_lets_all_end_or_puts_back_what_has_not(held: Held, sig: Signals) -> None:
     held.master.signal(sig)
