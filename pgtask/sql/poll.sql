@@ -253,13 +253,12 @@ WHERE t.state = 'STOP' AND t.stop IS NULL AND t.pid IS NOT NULL
     );
 
 -- name: rescue — rows whose owner is gone go back to PLAN; a run lost more than $1 times is FAIL. Of those that shared a
--- transaction nobody knows which was its end: none counts as lost, and each runs by itself the next time.
+-- transaction nobody knows which was its end: the first run of one that may share does not count as lost, and the next
+-- is by itself.
 -- $2 backends of dead workers, $3 what is known of each one's end, $4 those that a stop killed: their
 -- runs never were, $5 those felled by a crash of the server that was not theirs: no run of theirs counts as lost
 WITH lost AS MATERIALIZED (
-    SELECT t.id, t.state = 'WORK' AND t.pid <> ALL ($4::int[] || $5::int[]) AND NOT (t.batch > 1 AND EXISTS (
-            SELECT FROM {task} AS o WHERE o.state = 'WORK' AND o.pid = t.pid AND o.id <> t.id
-        )) AS ran,
+    SELECT t.id, t.state = 'WORK' AND t.pid <> ALL ($4::int[] || $5::int[]) AND NOT ({shares} AND t.attempt = 1) AS ran,
         CASE WHEN t.error LIKE 'LOST:  %' THEN (length(t.error) - length(replace(t.error, 'LOST:  ', ''))) / 7 ELSE 0 END + 1 AS times,
         coalesce(CASE WHEN t.error LIKE 'LOST:  %' THEN t.error || chr(10) END, '')
             || 'LOST:  run ' || t.attempt || ' of ' || coalesce(t.start, clock_timestamp()) || ': '

@@ -65,7 +65,8 @@ current_setting('transaction_isolation') = 'read committed'
 -- name: floor — the least max that a row in our slot may have: the slot's number ($8), and how many others of the group
 -- ($7 its key) run; those that share a transaction run one after another
 greatest($8::int, (
-            SELECT count(DISTINCT CASE WHEN t.batch > 1 AND t.state = 'WORK' THEN t.pid ELSE -t.id END)
+            SELECT count(DISTINCT t.pid) FILTER (WHERE t.batch > 1 AND t.state = 'WORK')
+                + count(*) FILTER (WHERE t.batch <= 1 OR t.state = 'TAKE')
             FROM {task} AS t WHERE t.state IN ('TAKE', 'WORK') AND {lane} = $7::bigint
         ))
 

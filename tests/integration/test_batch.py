@@ -299,3 +299,11 @@ def test_users_trigger_that_refuses_the_end_fails_only_what_it_refuses(group: Gr
     )
     found = [group.database.wait(id) for (id,) in group.database.execute(query)]
     assert [row["state"] for row in found] == ["DONE"] * 4 + ["FAIL"] + ["DONE"] * 5
+
+
+def test_any_id_may_run_beside_those_that_share(group: Group) -> None:
+    least = -(2**63)
+    group.database.insert("SELECT pg_sleep(3)", id=least, max=3, batch=1)
+    group.database.wait(least, "WORK")
+    group.run(*[PLAIN] * 40, max=3)
+    assert group.shared()
