@@ -90,14 +90,15 @@ class Fresh:
     @classmethod
     def read(cls, steps: Steps, results: Sequence[PGresult], encoding: str) -> "Fresh":
         """From the answers to `Ours.questions`."""
-        facts, defaults, mark = (results[steps.names.index(name)] for name in ("facts", "defaults", "mark"))
-        limit, since, user, role = (facts.get_value(0, column) or b"" for column in range(4))
+        names = ("facts", "defaults", "since", "mark")
+        facts, defaults, since, mark = (results[steps.names.index(name)] for name in names)
+        limit, user, role = (facts.get_value(0, column) or b"" for column in range(3))
         has = {name: (defaults.get_value(row, 0) or b"").decode() for row, name in enumerate(ASKED)}
         needed = NEEDED | {"client_encoding": encoding}
         changed = {name: value for name, value in needed.items() if has[name] != value}
         text = "".join(f", pg_catalog.set_config('{name}', '{value}', true)" for name, value in changed.items())
         return cls(
-            since=since,
+            since=since.get_value(0, 0) or b"",
             limit_ms=int(limit),
             user=user,
             role=role,
@@ -128,6 +129,7 @@ class Ours:
         steps.own("open", "facts")
         steps.add("defaults", Step(own_text("defaults"), (b"{%s}" % ",".join(ASKED).encode(),)))
         self.add(steps, clean=False)
+        steps.own("since")
         self.task(steps, "mark")
         steps.own("commit")
         return steps

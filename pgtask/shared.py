@@ -112,7 +112,7 @@ class Shared:
         self._each = each
         self._watch = watcher(ours.session, self.limits, tick)
         self._tick = tick
-        self._before = "begin"  # what the next pipeline has to say first
+        self._before: tuple[str, ...] = ("begin",)  # what the next pipeline has to say first
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Run the first of the tasks, in their order. Raises Unshared, SessionLost."""
@@ -162,9 +162,8 @@ class Shared:
 
     def _steps(self) -> Steps:
         steps = Steps()
-        if self._before:
-            steps.own(self._before)
-            self._before = ""
+        steps.own(*self._before)
+        self._before = ()
         return steps
 
     def _send(self, wave: Sequence[Task]) -> int:
@@ -208,13 +207,13 @@ class Shared:
             return self._failed(task, outcome, turn)
         if not self._session.in_transaction:
             raise AssertionError(f"task {task.id} has ended the transaction of others")
-        self._before = "release"
+        self._before = ("release",)
         self._end(task, outcome, turn)
         return 1
 
     def _failed(self, task: Task, outcome: Outcome, turn: pq.abc.PGresult) -> int:
         """Undo it, and no other. Returns 1 if that is its end."""
-        self._before = "rollback_to"
+        self._before = ("rollback_to", "release")
         self.never = outcome.code in LONERS
         if self.never or self.limits.cancelled or outcome.code[:2] in APART or outcome.code in LEFT:
             self.apart = True

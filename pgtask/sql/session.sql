@@ -117,14 +117,14 @@ SELECT pg_catalog.pg_advisory_unlock_all(),
 -- name: warm — what others see of a session that waits for a worker, until a task's name takes the place
 SELECT pg_catalog.set_config('application_name', 'pgtask warm', false);
 
--- name: facts — of a new session: its statement_timeout in milliseconds, and when its backend started, as text that
--- every DateStyle reads; its user and role. Not from pg_settings: that is long, and would spill to disk where a role's
+-- name: since — when our backend started, as text that every DateStyle reads; only its own user may see that
+SELECT pg_catalog.to_char(a.backend_start AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US"+00"')
+FROM pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid()) AS a;
+
+-- name: facts — of a new session: its statement_timeout in milliseconds, its user and role. Not from pg_settings: that is long, and would spill to disk where a role's
 -- work_mem is small
 SELECT (pg_catalog.date_part('epoch', pg_catalog.current_setting('statement_timeout')::pg_catalog.interval)
-    OPERATOR(pg_catalog.*) 1000::pg_catalog.float8)::pg_catalog.int8,
-    pg_catalog.to_char(a.backend_start AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US"+00"'),
-    SESSION_USER, pg_catalog.current_setting('role')
-FROM pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid()) AS a;
+    OPERATOR(pg_catalog.*) 1000::pg_catalog.float8)::pg_catalog.int8, SESSION_USER, pg_catalog.current_setting('role');
 
 -- name: defaults — settings of a new session. $1 names
 SELECT pg_catalog.current_setting(n.name) FROM pg_catalog.unnest($1::pg_catalog.text[]) AS n (name);

@@ -219,3 +219,23 @@ def test_servers_configuration_that_is_read_anew_does_not_reach_our_statements(
     assert [row["state"] for row in rows] == ["DONE"] * 3
     assert rows[2]["output"] == "11s"
     assert set(database.execute("SELECT settings FROM seen")) == {("on 0 5s",)}
+
+
+def test_role_that_every_session_of_ours_begins_with_may_be_a_stranger_to_us(
+    database: Database, master: Callable[..., Master]
+) -> None:
+    other = f"{database.user}_other"
+    one = master("--linger", "0", database.conninfo, tables=1)
+    database.execute("SELECT")  # a session that began as the owner
+    database.admin_execute(
+        f'CREATE ROLE "{other}"; GRANT "{other}" TO "{database.user}";'
+        f' ALTER ROLE "{database.user}" SET role = "{other}"'
+    )
+    try:
+        eventually(lambda: not one.workers())
+        row = database.wait(database.insert("SELECT current_user", delete=False))
+        assert (row["state"], row["output"], row["attempt"]) == ("DONE", other, 1)
+    finally:
+        database.close()
+        one.stop()
+        database.admin_execute(f'ALTER ROLE "{database.user}" RESET role; DROP ROLE "{other}"')
