@@ -141,20 +141,21 @@ class AsyncSession:
             await until_ready(pgconn.socket, write=True)
             pgconn.consume_input()
         lost: psycopg.OperationalError | None = None
-        result: pq.abc.PGresult | None = None
+        last: pq.abc.PGresult | None = None
         while True:
-            while pgconn.is_busy() and lost is None:
+            while pgconn.is_busy() and lost is None:  # also before the end of the answer: get_result would wait for it
                 await until_ready(pgconn.socket)
                 lost = self._read(pgconn)
-            if (following := pgconn.get_result()) is None:
+            if (result := pgconn.get_result()) is None:
                 break
-            result = following
-        self._hear(pgconn)  # what the server has told just before it was ready again
-        if result is None or result.status == pq.ExecStatus.FATAL_ERROR:
-            if result is not None and result.error_field(pq.DiagnosticField.SQLSTATE):
-                raise psycopg.errors.error_from_result(result, encoding="utf-8")
+            if last is None or last.status != pq.ExecStatus.FATAL_ERROR:  # an error, before what libpq says of the end
+                last = result
+        self._hear(pgconn)  # what came with the end: nothing more may come to be read
+        if last is None or last.status == pq.ExecStatus.FATAL_ERROR:
+            if last is not None and last.error_field(pq.DiagnosticField.SQLSTATE):
+                raise psycopg.errors.error_from_result(last, encoding="utf-8")
             raise lost or psycopg.OperationalError(self._last_words or pgconn.get_error_message())
-        return result
+        return last
 
     def _read(self, pgconn: pq.abc.PGconn) -> psycopg.OperationalError | None:
         """What has come, notifications among it; or the end of the session."""
@@ -166,6 +167,7 @@ class AsyncSession:
         return None
 
     def _hear(self, pgconn: pq.abc.PGconn) -> None:
+        """The notifications that have been read."""
         while (notify := pgconn.notifies()) is not None:
             self._on_notify(notify.extra.decode(errors="replace"))
 
@@ -205,19 +207,24 @@ class AsyncSession:
             if left <= 0:
                 return
             descriptor = self.conn.fileno()
-            loop.add_reader(descriptor, self._readable, woken)
+            loop.add_reader(descriptor, self._readable, woken, descriptor)
             try:
                 came = await event_or_timeout(woken, left)
             finally:
-                loop.remove_reader(descriptor)
+                if not self.conn.closed:
+                    loop.remove_reader(descriptor)
             if self.conn.closed:
                 raise psycopg.OperationalError(self._last_words or "the connection was closed")
             if not came and left == KEEPALIVE:
                 await self._sign_of_life()
 
-    def _readable(self, woken: asyncio.Event) -> None:
-        """Something came while we waited: notifications, or the end of the session."""
+    def _readable(self, woken: asyncio.Event, descriptor: int) -> None:
+        """Something came while we waited: notifications, or the end of the session.
+
+        A lost session's descriptor is closed, and may be somebody else's before the one who waits goes on.
+        """
         if self._read(self.conn.pgconn) is not None:
+            asyncio.get_running_loop().remove_reader(descriptor)
             woken.set()
 
     async def _sign_of_life(self) -> None:

@@ -412,6 +412,7 @@ class Pool:
             if item[0] is handle.client and handle.admits(item[1]):
                 self._next.remove(item)
                 self._give(handle, item[1])
+                self._place_free()
                 return
         ending = sum(h.state is State.ENDING for h in self.handles.values())
         if len(self._pending) + len(self._before(handle.client)) > max(0, self._unused()) + ending:

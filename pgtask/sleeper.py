@@ -87,7 +87,7 @@ class Sleeper:
         """Take; once asleep everywhere, and all of it for the same instant, after which the next moment is read."""
         used = time.process_time()
         self._used, self._cpu = used - self._cpu, used
-        if self._instant is None and not self._taker.unpaced:
+        if not self.config.wake or (self._instant is None and not self._taker.unpaced):
             await self._rise()
         begins = not self._taker.walking
         batch = await self._taker.take(self._instant, full=self._asleep)

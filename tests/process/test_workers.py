@@ -4,14 +4,15 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from signal import SIGINT
+from signal import SIGHUP, SIGINT
 
 import pytest
 
 from tests.fixtures.database import Database
-from tests.fixtures.locks import KEY, WAIT
+from tests.fixtures.locks import KEY, WAIT, falls_asleep
 from tests.fixtures.master import Master
 from tests.fixtures.processes import descriptors, processes
+from tests.fixtures.proxy import Proxy
 from tests.fixtures.wait import eventually
 
 
@@ -242,3 +243,29 @@ def test_copy_of_much_data_needs_memory_in_proportion_to_its_output(
     [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{worker}/status").read_text())
     assert int(peak) * 1024 < 60_000_000 + 8 * size
     one.stop(SIGINT)
+
+
+def test_no_spare_worker_is_forked_when_the_table_is_removed_during_a_look(
+    database: Database,
+    new_database: Callable[..., Database],
+    new_proxy: Callable[..., Proxy],
+    master: Callable[..., Master],
+    tmp_path: Path,
+) -> None:
+    """Nobody would end it, and the table would be served for ever."""
+    proxy, other = new_proxy(database.tcp), new_database()
+    stays = f'[[database]]\nconninfo = "{other.conninfo}"\n'
+    file = tmp_path / "pgtask.toml"
+    file.write_text(f'[master]\nspare = 1\n[[database]]\nconninfo = "{proxy.conninfo}"\n{stays}')
+    one = master("--config", str(file), tables=2)
+    eventually(lambda: len(one.workers()) == 2)
+    falls_asleep(database)
+    trap = proxy.trap(b"-infinity", name="pgtask master", deaf=True)
+    database.insert("SELECT 1", group="a")
+    eventually(trap.sprung.is_set)
+    file.write_text(f"[master]\nspare = 1\n{stays}")
+    one.signal(SIGHUP)
+    one.wait_log("table_removed")
+    eventually(lambda: len(one.workers()) == 1)
+    proxy.hear()
+    eventually(lambda: one.title().startswith("pgtask: master") and "(1 table," in one.title())
