@@ -201,11 +201,11 @@ class Pool:
         if room:
             self._ask_for_room(busy)
 
-    def _ask_for_room(self, busy: Iterable[Handle]) -> None:
+    def _ask_for_room(self, busy: Iterable[Handle], *, now: bool = False) -> None:
         """All of them, since nobody knows whose run ends first."""
         for handle in busy:
-            if not handle.asked:
-                handle.asked = handle.channel.send(Room())
+            if now or not handle.asked:
+                handle.asked = handle.channel.send(Room(now=now))
 
     def served(self, client: Client) -> None:
         """The client waits for no place any more: those behind it may look again."""
@@ -233,7 +233,7 @@ class Pool:
                 handle.channel.send(Cancel(id=id))
         if not owners:
             lanes = Counter(taken.lane for taken in self.assigned(client))
-            self._ask_for_room(h for h in busy if h.assigned is not None and lanes[h.assigned.lane] > 1)
+            self._ask_for_room((h for h in busy if h.assigned is not None and lanes[h.assigned.lane] > 1), now=True)
 
     def doubt(self, client: Client, backend: int) -> None:
         """The server has been waiting for a worker that waits for it: whose session that is, shall look again."""

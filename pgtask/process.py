@@ -67,8 +67,9 @@ class Cancel:
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """Master to worker: others wait; take nothing more of your group after this run."""
+    """Master to worker: others wait; go on with your group a moment at most (`now`: not even that) after this run."""
 
+    now: bool = False
     kind: ClassVar[str] = "room"
 
 

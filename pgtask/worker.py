@@ -10,6 +10,7 @@ Exit status: 0 done, 1 the session was lost or could not be opened; anything els
 """
 
 import hashlib
+import math
 import re
 import signal
 import time
@@ -64,6 +65,9 @@ WEIGHT = 0.3
 SHORTEST = 0.00005
 """Seconds that a run takes at least."""
 
+MOMENT = 0.01
+"""Seconds that a worker goes on with its group although others wait: a change of the group costs the master a look."""
+
 DETOURS = 1000
 """How many inputs are remembered that must run without the prefix, or alone."""
 
@@ -115,7 +119,8 @@ class Worker:
         self.each = 0.0  # seconds that a run is expected to take
         self.limits = Limits()
         self.assigned = run
-        self.room = False  # others wait: take nothing more after this run
+        self.entered = 0.0  # when we were given the group that we are in
+        self.until = math.inf  # others wait: take nothing more of it from then on
         self.leaving = False  # take nothing more at all
         self.interrupted = False  # cancel the run in hand and give it back
         self.detours: set[bytes] = set()  # inputs that must run without the prefix
@@ -201,7 +206,7 @@ class Worker:
                 self._go_on()
             self.idle_at = time.monotonic()
             if not self.leaving:
-                self.room = False
+                self.until = math.inf
                 self._title("idle")
                 self.channel.send(Idle(runs=self.runs, begun=begun))
 
@@ -210,7 +215,7 @@ class Worker:
         now = time.monotonic()
         if run.lane == self.lane and now - self.idle_at < SOON:
             self.below_until = now + BELOW
-        self.term, self.lane, self.slot = run.term, run.lane, run.slot
+        self.term, self.lane, self.slot, self.entered = run.term, run.lane, run.slot, now
 
     def _await_run(self) -> Run | None:
         """The next assignment; None when the master wants no more of us, or is gone."""
@@ -238,8 +243,8 @@ class Worker:
             match message:
                 case Run():
                     self.assigned = message
-                case Room():
-                    self.room = True
+                case Room(now=now):
+                    self.until = 0.0 if now else min(self.until, self.entered + MOMENT)
                 case Cancel(id=id, back=back):
                     if self.running and (id is None or id in self.running):
                         self.limits.cancelled = "back" if back else "stop"
@@ -416,7 +421,7 @@ class Worker:
 
     def _want(self, *, also: bool, batch: int) -> Want:
         """What of the group is wanted: nothing while there are others in hand `also`, at most `batch` together."""
-        next = not (self.room or self.leaving or also)
+        next = not (self.leaving or also) and time.monotonic() < self.until
         outdated = next and time.monotonic() - self.marked_at > OUTDATED
         if outdated:
             self.marked_at = time.monotonic()
