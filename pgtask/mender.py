@@ -110,7 +110,7 @@ class Mender:
             await self._bury(term)
         if time.monotonic() >= self._rescue_at:
             await self._plan_rescue(term)  # first: a session that ends in between is rescued, or looked at again
-            await self._rescue(term)
+            await self._rescue(term, interrupted=self._pool.killed(self._client))
         if time.monotonic() >= self._listen_at:
             await self._listen_to_workers(term)
 
@@ -165,7 +165,7 @@ class Mender:
         gone = set(backends) - {pid for pid, _ in alive}
         self._dead = [fate for fate in self._dead if fate.backend not in gone]
         if gone:
-            self._rescue_at = 0.0  # one of their rows may be locked by somebody, and is looked for until it is not
+            await self._plan_rescue(term)  # one of their rows may be locked by somebody
         self._burials = self._burials + 1 if self._dead else 0
         if self._dead:
             pause = min(1.0, 0.01 * 2 ** min(self._burials, 10))
@@ -200,7 +200,7 @@ class Mender:
             log.error("repeat_refused", table=self.config.label, id=id, error=line(error))
 
     async def _plan_rescue(self, term: Term) -> None:
-        """Look again soon while workers that are not ours run tasks: their slots become free without a word."""
+        """Look again soon while workers that are not ours, or nobody, run tasks: their slots become free without a word."""
         gap = self.config.reset.total_seconds()
         await self._look_at_strangers(term)
         if self._strangers:
