@@ -200,7 +200,7 @@ class Mender:
             log.error("repeat_refused", table=self.config.label, id=id, error=line(error))
 
     async def _plan_rescue(self, term: Term) -> None:
-        """Look again soon while workers that are not ours, or nobody, run tasks: their slots become free without a word."""
+        """Look again soon while another's workers, or nobody, run tasks: those slots become free without a word."""
         gap = self.config.reset.total_seconds()
         await self._look_at_strangers(term)
         if self._strangers:
