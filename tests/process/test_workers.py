@@ -141,7 +141,7 @@ def test_spare_workers_give_way_where_others_need_their_places(
     assert len(one.logged("worker_forked")) < 30
 
 
-def test_200_workers_leave_no_zombie_no_descriptor_and_no_session(
+def test_500_workers_leave_no_zombie_no_descriptor_and_no_session(
     database: Database, master: Callable[..., Master]
 ) -> None:
     one = master("--linger", "0", "--workers", "8", database.conninfo, tables=1)
@@ -151,10 +151,10 @@ def test_200_workers_leave_no_zombie_no_descriptor_and_no_session(
     before = descriptors(one.pid)
     database.execute(
         "INSERT INTO task (input, \"group\", count, delete) SELECT 'SELECT 1', 'g' || n % 40, 1, false"
-        " FROM generate_series(1, 200) AS n"
+        " FROM generate_series(1, 500) AS n"
     )
-    eventually(lambda: database.execute("SELECT count(*) FROM task WHERE state = 'DONE'") == [(201,)], timeout=60)
-    forked = one.wait_log("worker_forked", 201)
+    eventually(lambda: database.execute("SELECT count(*) FROM task WHERE state = 'DONE'") == [(501,)], timeout=90)
+    forked = one.wait_log("worker_forked", 501)
     one.wait_log("worker_ended .*exit status 0", len(forked))
     eventually(lambda: not one.children())
     assert [p for p in processes() if p.session == one.pid and p.state == "Z"] == []
