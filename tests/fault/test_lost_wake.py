@@ -1,6 +1,7 @@
 """A wake-up that never comes, and applications that use two-phase commit: what was committed is found and runs."""
 
 from collections.abc import Callable
+from contextlib import closing
 
 import psycopg
 import pytest
@@ -44,12 +45,11 @@ def test_master_that_lost_its_session_in_its_sleep_hears_what_came_meanwhile(dat
 
 def prepare(database: Database, name: str) -> int:
     """An application's transaction with a task in it, left prepared."""
-    session = database.connect(autocommit=False)
-    row = session.execute(
-        "INSERT INTO task (input, \"group\", delete) VALUES ('SELECT 1', %s, false) RETURNING id", [name]
-    ).fetchone()
-    session.execute(f"PREPARE TRANSACTION '{database.name} {name}'".encode())
-    session.close()
+    with closing(database.connect(autocommit=False)) as session:
+        row = session.execute(
+            "INSERT INTO task (input, \"group\", delete) VALUES ('SELECT 1', %s, false) RETURNING id", [name]
+        ).fetchone()
+        session.execute(f"PREPARE TRANSACTION '{database.name} {name}'".encode())
     assert row is not None
     return int(row[0])
 
@@ -82,8 +82,8 @@ def test_prepared_insert_keeps_a_master_awake_that_was_awake(database: Database,
 
 
 def prepared_while_awake(database: Database) -> int:
-    """A wake-up first, so that the master looks around for a moment; 0 if it slept again too soon."""
-    database.insert("SELECT 1", group="busy")
+    """A wake-up first, by two, since one alone leaves it asleep; 0 if it slept again too soon."""
+    database.execute("INSERT INTO task (input, \"group\") SELECT 'SELECT 1', 'busy' FROM generate_series(1, 2)")
     try:
         return prepare(database, "awake")
     except psycopg.errors.FeatureNotSupported:

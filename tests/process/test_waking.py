@@ -105,7 +105,7 @@ def test_insert_in_flight_when_the_master_falls_asleep_is_not_lost(slow: Served)
     def in_flight() -> bool:
         """An insert that found the master awake: it has the lock and will not notify."""
         writer.rollback()
-        database.insert("SELECT 1", group="busy")
+        database.execute("INSERT INTO task (input, \"group\") SELECT 'SELECT 1', 'busy' FROM generate_series(1, 2)")
         writer.execute("INSERT INTO task (input, delete, data) VALUES ('SELECT 1', false, 'in flight')")
         return writer.execute(mine).fetchone() == (1,)
 
