@@ -49,6 +49,8 @@ SETTINGS = {
     "enable_bitmapscan": "off",
     "enable_seqscan": "off",
     "enable_sort": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
     "plan_cache_mode": "force_generic_plan",
 }
 """As startup options, which beat what the role or the database is set to."""

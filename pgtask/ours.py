@@ -29,6 +29,8 @@ NEEDED = {
     "enable_bitmapscan": "off",
     "enable_seqscan": "off",
     "enable_sort": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
 }
 """What our statements need, as in the statement `ours`: only what a new session has otherwise is set each time."""
 

@@ -55,7 +55,9 @@ SELECT
     pg_catalog.set_config('plan_cache_mode', 'force_generic_plan', true),
     pg_catalog.set_config('enable_bitmapscan', 'off', true),
     pg_catalog.set_config('enable_seqscan', 'off', true),
-    pg_catalog.set_config('enable_sort', 'off', true);
+    pg_catalog.set_config('enable_sort', 'off', true),
+    pg_catalog.set_config('enable_hashjoin', 'off', true),
+    pg_catalog.set_config('enable_mergejoin', 'off', true);
 
 -- name: ours_again — the same after RESET ALL, which puts back all but the user and the role: divides by zero where
 -- the task has changed these and left them. {settings} are those that a new session has otherwise than we need.

@@ -123,6 +123,7 @@ class Table:
 
     def fill(self, ballast: str, count: int) -> None:
         self.database.execute(INSERT + ballast, [count])
+        self.database.execute("ANALYZE task")
 
     def pass_by(self, count: int) -> None:
         """So many tasks run to their end, all of them planned before what is left."""
