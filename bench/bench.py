@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 import peers.race
-from measure import crowd, flat, inserts, pickup, report, rest, throughput
+from measure import crowd, flat, history, inserts, pickup, report, rest, throughput, triggers
 from measure.figure import SUBJECTS, Course, explained
 from measure.ground import Site
 from pgtask.embedded import ServerError, find
 from pgtask.errors import UserError
 from storm.stand import Broken
 
-MODULES = (throughput, pickup, rest, flat, inserts, crowd, peers.race)
+MODULES = (throughput, pickup, rest, flat, history, inserts, triggers, crowd, peers.race)
 """Importing them makes their subjects known."""
 
 WIDTH = 150
@@ -52,7 +52,7 @@ HELP = "\n\n".join(["Subjects:", *(f"{name}: {doc}" for name, doc in explained(r
 @click.option(
     "--publish",
     is_flag=True,
-    help="Put the result into bench/results.json, draw bench/plots, and renew README's table.",
+    help="Put the result into bench/results.json, draw bench/plots, and renew the tables of the docs.",
 )
 def main(
     subjects: Sequence[str],

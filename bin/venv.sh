@@ -34,8 +34,9 @@ print(sys.version_info[:2] >= (3, 11), sys.version_info[:2], sys.base_prefix)' 2
 
 ready() {
     same "$venv/pgtask-origin" "$origin" || return 1
-    # What has the test extra has everything.
-    same "$venv/pgtask-$1" "$wanted" || same "$venv/pgtask-test" "$wanted"
+    # What has the test extra has everything, and any has what nothing more is asked of.
+    same "$venv/pgtask-$1" "$wanted" || same "$venv/pgtask-test" "$wanted" && return
+    test "$1" = none && same "$venv/pgtask-embedded" "$wanted"
 }
 
 same() {

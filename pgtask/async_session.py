@@ -1,4 +1,4 @@
-"""The master's session on one task table: our own statements, from the loop that every table shares.
+"""The session of the master, and of `pgtask doctor`, on one task table: our own statements, from a loop.
 
 So nothing here may block the loop, and nothing may wait for ever: a server that gives no answer in time is cut off by
 shutting the socket down, which ends the wait with an error like any other loss. (Cancelling the coroutine instead
@@ -55,6 +55,10 @@ SETTINGS = {
 }
 """As startup options, which beat what the role or the database is set to."""
 
+TRANSACTION = ("BEGIN", "COMMIT", "ROLLBACK")
+SAVEPOINT = ("SAVEPOINT pgtask", "RELEASE pgtask", "ROLLBACK TO pgtask", "RELEASE pgtask")
+"""How it begins, how it ends, and what undoes it."""
+
 KEEPALIVES = {"keepalives_idle": "5", "keepalives_interval": "3", "keepalives_count": "3", "tcp_user_timeout": "12000"}
 
 
@@ -86,7 +90,7 @@ class AsyncSession:
             conn = await AsyncConnection.connect(
                 conninfo.make_conninfo(**params),
                 autocommit=True,
-                prepare_threshold=0,
+                prepare_threshold=None,
                 cursor_factory=AsyncRawCursor,
                 client_encoding="utf8",
             )
@@ -175,10 +179,21 @@ class AsyncSession:
 
     @contextlib.asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
-        """A short transaction, or a savepoint inside of one."""
+        """A short transaction, or a savepoint inside of one.
+
+        Not psycopg's: after a ROLLBACK it has the server forget every prepared statement, ours too.
+        """
+        inside = self.conn.pgconn.transaction_status != pq.TransactionStatus.IDLE
+        begin, end, *undo = SAVEPOINT if inside else TRANSACTION
         with self.bounded(ANSWER):
-            async with self.conn.transaction():
+            await self.do(begin)
+            try:
                 yield
+            except Exception:
+                for text in () if self.conn.closed else undo:
+                    await self.do(text)
+                raise
+            await self.do(end)
 
     @contextlib.contextmanager
     def bounded(self, seconds: float) -> Iterator[None]:

@@ -13,8 +13,9 @@ import functools
 import json
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import psycopg
 from psycopg import conninfo, pq
 
 from pgtask.errors import ConfigError
-from pgtask.log import redact
+from pgtask.lines import redact, shown
 from pgtask.settings import Setting, Value, by_name, conninfo_problem, did_you_mean, sql_text, toml_text
 
 SECTIONS = ("master", "defaults", "database", "json")
@@ -50,6 +51,7 @@ class MasterConfig:
     log: str
     log_format: str
     pidfile: Path | None
+    listen: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +72,15 @@ class TableConfig:
     crashes: int
     remote_password: bool
     safety: timedelta
+    log_failed: int
+    slow_run: timedelta
+    slow_take: timedelta
+    keep: timedelta | str  # "forever"
+    keep_failed: timedelta | str  # "forever", or "keep": as long as the others
     maintenance: str | None
     create: bool
     defaults: Mapping[str, str]  # the SQL text of every task setting
+    told_apart: bool = False  # is there another table that is called the same on another server?
 
     @functools.cached_property
     def user(self) -> str:
@@ -83,9 +91,26 @@ class TableConfig:
         return self._parameters.get("dbname") or self.user
 
     @functools.cached_property
+    def open_conninfo(self) -> str:
+        """The conninfo without its password, to be shown."""
+        given = {name: str(value) for name, value in conninfo.conninfo_to_dict(self.conninfo).items()}
+        given = {name: value for name, value in given.items() if name not in ("password", "sslpassword")}
+        return conninfo.make_conninfo(**{"dbname": self.dbname, **given})
+
+    @functools.cached_property
     def label(self) -> str:
-        """What people know the table by, in the log and in ps."""
-        return f"{self.user}@{self.dbname} {self.schema}.{self.table}"
+        """What people know the table by, in the log and in metrics: unique in a configuration."""
+        return f"{self.user}@{self.dbname} {self.schema}.{self.table}{self._server}"
+
+    @functools.cached_property
+    def title(self) -> str:
+        """The same for ps: no name is longer than a line, or can be taken for something else."""
+        return f"{shown(self.user)}@{shown(self.dbname)} {shown(self.schema)}.{shown(self.table)}{self._server}"
+
+    @property
+    def _server(self) -> str:
+        """Where it is, if two tables would be called the same without it."""
+        return f" on {':'.join(filter(None, self.target[:3]))}" if self.told_apart else ""
 
     @functools.cached_property
     def target(self) -> tuple[str, ...]:
@@ -154,15 +179,15 @@ def load(
     entries = [*said.entries, *_read_conninfos(conninfos)] or [_Entry(where=BUILT_IN, values={})]
     master = _merge(by_name("master"), said.master, above)
     tables = [_merge(_table_settings(), said.defaults, entry.values, above) for entry in entries]
-    config = Config(
-        master=MasterConfig(**{name: found.value for name, found in master.items()}),  # type: ignore[arg-type]
-        tables=tuple(map(_table, tables)),
+    found = [*map(_table, tables)]
+    _refuse_duplicates(found, [entry.where for entry in entries])
+    return Config(
+        master=MasterConfig(**{name: one.value for name, one in master.items()}),  # type: ignore[arg-type]
+        tables=_told_apart(found),
         file=file,
         origins=_origins(master, tables),
         doubts=tuple(_misspelt(environ)),
     )
-    _refuse_duplicates(config.tables, [entry.where for entry in entries])
-    return config
 
 
 def print_lines(config: Config) -> list[str]:
@@ -190,6 +215,12 @@ def _table(values: Mapping[str, _Found]) -> TableConfig:
     own: dict[str, Any] = {name: values[name].value for name in by_name("database")}
     defaults = {name: sql_text(values[name].value) for name in by_name("task")}
     return TableConfig(conninfo=str(values["conninfo"].value or ""), defaults=defaults, **own)
+
+
+def _told_apart(tables: Sequence[TableConfig]) -> tuple[TableConfig, ...]:
+    """With the server in the labels of those that would be called the same."""
+    count = Counter(table.label for table in tables)
+    return tuple(replace(table, told_apart=True) if count[table.label] > 1 else table for table in tables)
 
 
 def _origins(master: Mapping[str, _Found], tables: Iterable[Mapping[str, _Found]]) -> dict[str, str]:

@@ -19,7 +19,10 @@ LONGEST_NAME = 63
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column of ours. `default` is SQL, or the name of the setting whose value it takes (`setting`)."""
+    """A column of ours. `default` is SQL, or the name of the setting whose value it takes (`setting`).
+
+    `check` is what its value {} must hold to, maybe beside that of another column {name}.
+    """
 
     name: str
     type: str
@@ -34,8 +37,8 @@ def _setting(name: str, type: str, doc: str, check: str | None = None) -> Column
     return Column(name=name, type=type, doc=doc, setting=True, check=check)
 
 
-def _null(name: str, type: str, doc: str, default: str | None = None) -> Column:
-    return Column(name=name, type=type, doc=doc, null=True, default=default)
+def _null(name: str, type: str, doc: str, default: str | None = None, check: str | None = None) -> Column:
+    return Column(name=name, type=type, doc=doc, null=True, default=default, check=check)
 
 
 TIME = "timestamp with time zone"
@@ -51,25 +54,23 @@ COLUMNS: tuple[Column, ...] = (
         "active",
         "interval",
         "How long after plan it may still start; later it is GONE. Not applied to repeated tasks and negative max.",
-        "active > interval '0'",
+        "{} > interval '0'",
     ),
     _setting(
         "live",
         "interval",
         "A worker older than this takes no further task like this one; 0: no limit.",
-        "live >= interval '0'",
+        "{} >= interval '0'",
     ),
     _setting(
-        "repeat", "interval", "After the run a new row is planned this much later; 0: never.", "repeat >= interval '0'"
+        "repeat", "interval", "After the run a new row is planned this much later; 0: never.", "{} >= interval '0'"
     ),
-    _setting(
-        "timeout", "interval", "Time allowed for the run, to the millisecond; 0: no limit.", "timeout >= interval '0'"
-    ),
+    _setting("timeout", "interval", "Time allowed for the run, to the millisecond; 0: no limit.", "{} >= interval '0'"),
     _setting(
         "count",
         "integer",
         "A worker that has run this many takes no further task like this one; 0: no limit.",
-        "count >= 0",
+        "{} >= 0",
     ),
     _setting(
         "max",
@@ -104,18 +105,169 @@ COLUMNS: tuple[Column, ...] = (
         "batch",
         "integer",
         "How many short tasks of the group may share one transaction and its commit; 1: none.",
-        "batch BETWEEN 1 AND 50",
+        "{} BETWEEN 1 AND 50",
     ),
-    Column(name="attempt", type="integer", default="0", doc="Runs begun so far.", check="attempt >= 0"),
+    Column(name="attempt", type="integer", default="0", doc="Runs begun so far.", check="{} >= 0"),
+    _setting("retry", "integer", "How many further runs after failed ones.", "{} >= 0"),
+    _setting(
+        "backoff",
+        "interval",
+        "Pause before the first of them; doubles each time, with jitter, up to an hour.",
+        "{} >= interval '0'",
+    ),
+    _setting(
+        "retry_on",
+        "text",
+        "After which errors: SQLSTATEs and classes, * for all, ! before those that are not meant.",
+    ),
+    _null("attempts", "jsonb", "The earlier runs of the row: when, with which end."),
+    _null(
+        "cron",
+        "text",
+        "Calendar of a repeated task; the first run is the first match at or after plan.",
+        check="({} IS NULL OR {repeat} = interval '0')",
+    ),
+    _null("zone", "text", "Time zone of cron; the server's TimeZone if null."),
+    _null(
+        "until",
+        TIME,
+        "Nothing is repeated to a plan after this.",
+        check="({} IS NULL OR {} >= {plan})",
+    ),
+    _setting(
+        "missed",
+        "text",
+        "What becomes of missed runs of the calendar: once, skip or all.",
+        "{} IN ('once', 'skip', 'all')",
+    ),
+    _null(
+        "key",
+        "text",
+        "Unique among the unfinished tasks of the table.",
+        check="({} IS NULL OR octet_length({}) BETWEEN 1 AND 1000)",
+    ),
+    _null("depend", "bigint[]", "Tasks that must be DONE first."),
+    Column(
+        name="anyway",
+        type="boolean",
+        default="false",
+        doc="Run also when those ended otherwise.",
+    ),
+    _null(
+        "notify",
+        "text",
+        "Channel that is notified of the task's end.",
+        check="({} IS NULL OR octet_length({}) BETWEEN 1 AND 63)",
+    ),
     _null("code", "text", "SQLSTATE of the error."),
     _null("notice", "text", "Notices and warnings that the run raised."),
     _null("first", TIME, "The first plan of a repeated task: repetitions stay on its grid."),
 )
-FUNCTIONS = ("wake", "change", "stop", "guard")
-INDEXES = ("due", "lane", "slot")
-TRIGGERS = ("wake", "change", "drop", "guard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routine:
+    """A function or procedure beside the table, `name`d in sql/`subject`.sql.
+
+    In the database it is called TABLE_`suffix`, and `types` are those of its arguments as the server lists them.
+    `private`: nobody may call it but who is granted to.
+    """
+
+    name: str
+    suffix: str
+    types: str = ""
+    subject: str = "schema"
+    private: bool = False
+
+
+_SCHEDULE = (
+    "text, {}, text, text, integer, interval, text, timestamp with time zone, text, integer, text, text"  # key first
+)
+ROUTINES: tuple[Routine, ...] = (
+    *(
+        Routine(name=f"{suffix}_function", suffix=suffix)
+        for suffix in ("wake", "change", "guard", "check", "fixed", "moved")
+    ),
+    *(Routine(name=f"{suffix}_function", suffix=suffix, private=True) for suffix in ("enter", "stop")),
+    Routine(name="orphan_function", suffix="orphan", types="bigint", private=True),
+    Routine(name="align_function", suffix="align", subject="schedule"),
+    Routine(name="cron_error_function", suffix="cron_error", types="text", subject="schedule"),
+    Routine(name="schedule_function", suffix="schedule", types=_SCHEDULE.format("text"), subject="schedule"),
+    Routine(name="every_function", suffix="schedule", types=_SCHEDULE.format("interval"), subject="schedule"),
+    Routine(name="unschedule_function", suffix="unschedule", types="text", subject="schedule"),
+    Routine(name="cancel", suffix="cancel", types="bigint", subject="control"),
+    Routine(name="cancel_filter", suffix="cancel", types="text", subject="control"),
+    Routine(
+        name="run",
+        suffix="run",
+        types=f"text, {TIME}, interval, text, integer, interval, text, integer, bigint[], text, text, text",
+        subject="control",
+    ),
+    Routine(name="wait_for", suffix="wait_for", types="bigint[], interval, boolean", subject="control"),
+    Routine(name="wait", suffix="wait", types="bigint, interval", subject="control"),
+    Routine(name="wait_all", suffix="wait_all", types="bigint[], interval", subject="control"),
+    Routine(name="wait_any", suffix="wait_any", types="bigint[], interval", subject="control"),
+    Routine(name="hold", suffix="hold", types="text", subject="control"),
+    Routine(name="release", suffix="release", types="text", subject="control"),
+    Routine(name="progress", suffix="progress", types="numeric, text", subject="control"),
+    Routine(name="await", suffix="await", types="bigint, interval, text, text, text, text, text", subject="control"),
+    Routine(
+        name="noted_function",
+        suffix="noted",
+        types=f"jsonb, integer, {', '.join([TIME] * 3)}, text, text, text, integer",
+    ),
+    Routine(name="again_function", suffix="again", types="interval", subject="retry"),
+    Routine(name="put_back_function", suffix="put_back", types="bigint[]", subject="retry"),
+    Routine(name="retry_function", suffix="retry", types="bigint", subject="retry"),
+    Routine(name="retry_filter_function", suffix="retry", types="text", subject="retry"),
+    *(
+        Routine(name=f"{suffix}_function", suffix=suffix, types=types, subject="async", private=suffix == "async")
+        for suffix, types in {
+            "async": "",
+            "async_plan": "name, regclass, boolean, text, text, text[]",
+            "async_lacking": "text, text[]",
+            "async_settings": "name, regclass, text[], boolean, text[], boolean[]",
+            "async_list": "regclass, text, boolean",
+            "async_input": "text, text, text[], text, text",
+        }.items()
+    ),
+)
+CALLED = ("noted", "cancel", "retry", "hold", "release")
+"""The routines that statements of ours call."""
+
+INDEXES = ("due", "lane", "slot", "key", "wait", "depend")
+UNIQUE = ("key",)
+"""Of those the ones that a partitioned table cannot have: no column of the user's partitioning is in them."""
+TRIGGERS = ("wake", "change", "drop", "guard", "check", "align", "enter", "fixed", "moved")
 FORMER_TRIGGERS = ("move", "stop", "birth")
-MASTER_COLUMNS = ("one", "term", "host", "pid", "backend", "backend_start", "since", "layout")
+ASYNC = (
+    *("group", "max", "timeout", "active", "retry", "backoff", "retry_on", "key"),
+    *("remote", "batch", "atomic", "delete", "data", "notify"),
+)
+"""The columns that an asynchronous trigger may set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A small table beside the task table, called TABLE_`suffix`."""
+
+    suffix: str
+    doc: str
+    columns: tuple[str, ...]
+
+
+MASTER = Side(
+    suffix="master",
+    doc="Who serves the task table.",
+    columns=("one", "term", "host", "pid", "backend", "backend_start", "since", "layout"),
+)
+HELD = Side(suffix="held", doc="Groups of which nothing more is started.", columns=("group", "since", "by"))
+REPORT = Side(
+    suffix="report",
+    doc="How far runs are that go on, as they say.",
+    columns=("id", "attempt", "percent", "message", "at"),
+)
+SIDES: tuple[Side, ...] = (MASTER, HELD, REPORT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +307,9 @@ class Names:
         return self.derived("master")
 
     def store(self) -> Store:
-        return Store(schema=self.schema, table=self.table, master=self.master, type_schema=self.schema)
+        suffixes = (*(side.suffix for side in SIDES), *CALLED)
+        beside = {suffix: self.derived(suffix) for suffix in suffixes}
+        return Store(schema=self.schema, table=self.table, beside=beside, type_schema=self.schema)
 
 
 def identifier(name: str) -> str:
@@ -175,13 +329,12 @@ def repeatable(text: str) -> str:
     """The same statement for a script that may be run again."""
     if text.startswith("CREATE TYPE"):
         return f"DO {literal(f'BEGIN {text}; EXCEPTION WHEN duplicate_object THEN NULL; END')}"
-    return re.sub(r"^CREATE (SCHEMA|TABLE|INDEX) ", r"CREATE \1 IF NOT EXISTS ", text)
+    return re.sub(r"^CREATE (SCHEMA|TABLE|INDEX|UNIQUE INDEX) ", r"CREATE \1 IF NOT EXISTS ", text)
 
 
 def table(names: Names, defaults: Mapping[str, str]) -> str:
     lines = ["    id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY"]
     lines += ["    " + definition(column, names, defaults) for column in COLUMNS if column.name != "id"]
-    lines += ["    " + check(column, names) for column in COLUMNS if column.check]
     return f"CREATE TABLE {names.task} (\n" + ",\n".join(lines) + "\n)"
 
 
@@ -205,14 +358,6 @@ def default(column: Column, names: Names, defaults: Mapping[str, str]) -> str | 
     return column.default
 
 
-def check_name(column: Column, names: Names) -> str:
-    return names.derived(f"{column.name}_check")
-
-
-def check(column: Column, names: Names) -> str:
-    return f"CONSTRAINT {identifier(check_name(column, names))} CHECK ({column.check})"
-
-
 def set_defaults(columns: tuple[Column, ...], names: Names, defaults: Mapping[str, str]) -> str:
     """One statement for all of them: the table is locked once."""
     parts = [
@@ -224,36 +369,88 @@ def set_defaults(columns: tuple[Column, ...], names: Names, defaults: Mapping[st
 
 
 def index(suffix: str, names: Names) -> str:
-    return _fill(f"{suffix}_index", names, index=identifier(names.derived(suffix)))
+    return _object(f"{suffix}_index", names, index=identifier(names.derived(suffix)))
 
 
-def function(suffix: str, names: Names) -> str:
-    return _fill(f"{suffix}_function", names)
+def routine(one: Routine, names: Names, defaults: Mapping[str, str]) -> str:
+    """The statement that makes it. A name in its body may hold what would end it: then it is quoted by another word."""
+    before, body, after = statements(one.subject)[one.name].split("$pgtask$")
+    words = _async_words(names, defaults) if one.subject == "async" else {}
+    body, quote = _fill(body, names, **words), "$pgtask$"
+    while quote in body:
+        quote = f"${quote[1:-1]}_$"
+    before, after = _fill(before, names), _fill(after, names)
+    return f"{before}{quote} -- {mark(before + body + after)}{body}{quote}{after}"
 
 
-def body(suffix: str) -> str:
-    """What the server keeps of a function's text."""
-    return statements("schema")[f"{suffix}_function"].split("$pgtask$")[1]
+def _async_words(names: Names, defaults: Mapping[str, str]) -> dict[str, str]:
+    """What an asynchronous trigger inserts: what was given, or else the default, which VALUES cannot ask for there."""
+    columns = [column for column in COLUMNS if column.name in ("plan", *ASYNC)]
+    values = {
+        identifier(
+            column.name
+        ): f"coalesce(given.{identifier(column.name)}, {default(column, names, defaults) or 'NULL'})"
+        for column in columns
+    } | {"input": "given.input"}
+    return {
+        "async_columns": ", ".join(values),
+        "async_values": ", ".join(values.values()),
+        "async_holds": " AND ".join(rule for name, rule in rules("given.").items() if name in ASYNC),
+        "async_rules": ", ".join(
+            f"({rule}, {literal(rules()[name])})" for name, rule in rules("given.").items() if name in ASYNC
+        ),
+        "async_settable": literal("{" + ",".join((*ASYNC, "delay", "debounce")) + "}"),
+    }
+
+
+def body(text: str) -> str:
+    """Of the statement that makes a routine what the server keeps: it begins with a mark of the whole statement."""
+    match = re.search(r"(\$pgtask_*\$)( -- pgtask .*)\1", text, re.DOTALL)
+    assert match is not None
+    return match[2]
+
+
+def signature(suffix: str, types: str, names: Names) -> str:
+    """As SQL names a routine."""
+    return f"{names.quoted(names.derived(suffix))}({types})"
 
 
 def trigger(suffix: str, names: Names, *, partitioned: bool, wake: bool) -> str:
     """An insert into a partition fires no statement-level trigger of the table above it."""
     words = {"each": "ROW", "guards": "BEFORE"} if partitioned else {"each": "STATEMENT", "guards": "AFTER"}
     arguments = [literal(names.quoted(names.master)), *(["'wake'"] if wake else [])]
-    return _fill(f"{suffix}_trigger", names, arguments=", ".join(arguments), **words)
+    checks = rules()
+    return _object(
+        f"{suffix}_trigger",
+        names,
+        arguments=", ".join(arguments),
+        checked=", ".join(identifier(name) for name in checks if name != "attempt"),
+        checks=" AND ".join(rules("NEW.").values()),
+        rules=", ".join(literal(text) for check in checks.items() for text in check),
+        **words,
+    )
+
+
+def rules(row: str = "") -> dict[str, str]:
+    """What the columns that have a check must hold to, of the values in that row."""
+
+    def rule(name: str, check: str) -> str:
+        return re.sub(r"\{(\w*)\}", lambda match: row + (match[1] or name), check)
+
+    return {column.name: rule(column.name, column.check) for column in COLUMNS if column.check}
 
 
 def mark(text: str) -> str:
-    """The comment by which a trigger is known to be made by this text."""
+    """The words by which an object is known to be made by this text."""
     return "pgtask " + hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def master_table(names: Names) -> str:
-    return _fill("master_table", names)
+def side(one: Side, names: Names) -> str:
+    return _object(f"{one.suffix}_table", names)
 
 
 def note_layout(names: Names, defaults: Mapping[str, str]) -> str:
-    return _fill("layout", names, layout=literal(layout(defaults)))
+    return _object("layout", names, layout=literal(layout(defaults)))
 
 
 def layout(defaults: Mapping[str, str]) -> str:
@@ -270,20 +467,27 @@ def column_comment(column: Column, names: Names) -> str:
     return comment(f"COLUMN {names.task}.{identifier(column.name)}", column.doc)
 
 
-def _fill(name: str, names: Names, **words: str) -> str:
-    """In one pass: a name may look like a word."""
+def _object(name: str, names: Names, **words: str) -> str:
+    """The statement of that name in sql/schema.sql."""
+    return _fill(statements("schema")[name], names, **words)
+
+
+def _fill(text: str, names: Names, **words: str) -> str:
+    """In one pass: a name may look like a word. Braces around anything else stand for themselves."""
+    suffixes = {one.suffix for one in ROUTINES} | {one.suffix for one in SIDES}
     known = {
         "task": names.task,
-        "master": names.quoted(names.master),
+        "state": names.state,
+        "task_regclass": literal(names.task),
         "master_regclass": literal(names.quoted(names.master)),
-        **{suffix: names.quoted(names.derived(suffix)) for suffix in FUNCTIONS},
+        **{suffix: names.quoted(names.derived(suffix)) for suffix in suffixes},
         **words,
     }
-    return re.sub(r"\{(\w+)\}", lambda match: known[match[1]], statements("schema")[name])
+    return re.sub(r"\{(\w+)\}", lambda match: known.get(match[1], match[0]), text)
 
 
 def columns_table() -> str:
-    """The columns as a Markdown table, for the README."""
+    """The columns as a Markdown table, for docs/."""
     lines = ["| column | type | null | default | meaning |", "| --- | --- | --- | --- | --- |"]
     known = settings.by_name("task")
     for column in COLUMNS:

@@ -17,8 +17,9 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import setproctitle
@@ -74,6 +75,22 @@ class Room:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report:
+    """Master to worker: from now on say what has ended, for rows wait for it; or (`on` false) no more."""
+
+    on: bool = True
+    kind: ClassVar[str] = "report"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """Worker to master, who asked for it: the runs of these rows have ended, and that is committed."""
+
+    ids: list[int]
+    kind: ClassVar[str] = "finished"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Opened:
     """Worker to master: my session is backend `pid`, which started at `since` (a timestamptz as text)."""
 
@@ -104,8 +121,21 @@ class Lost:
     kind: ClassVar[str] = "lost"
 
 
-Message = Run | Cancel | Room | Opened | Idle | Lost
-KINDS: dict[str, type[Message]] = {cls.kind: cls for cls in (Run, Cancel, Room, Opened, Idle, Lost)}
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Worker to master: how far the run of row `id` is, of 100 (a number as text), and in which words."""
+
+    id: int
+    attempt: int
+    percent: str
+    message: str | None
+    kind: ClassVar[str] = "progress"
+
+
+Message = Run | Cancel | Room | Report | Finished | Opened | Idle | Lost | Progress
+KINDS: dict[str, type[Message]] = {
+    cls.kind: cls for cls in (Run, Cancel, Room, Report, Finished, Opened, Idle, Lost, Progress)
+}
 
 
 class Channel:
@@ -128,16 +158,27 @@ class Channel:
     def fileno(self) -> int:
         return self._sock.fileno()
 
-    def send(self, message: Message) -> bool:
-        """Send one message; False if the other side is gone or has not read for so long that its queue is full."""
+    def send(self, message: Message, *, patience: float = 0.0) -> bool:
+        """Send one message; False if the other side is gone or has not read for so long that its queue is full.
+
+        In that case we wait for so many seconds, `patience`, that it reads.
+        """
         if self.closed:
             return False
-        packet = json.dumps({"kind": message.kind, **asdict(message)}).encode()
-        try:
-            self._sock.send(packet)
-        except (BrokenPipeError, ConnectionResetError, BlockingIOError):
-            return False  # not `closed` yet: its last words may be there to be read
-        return True
+        packet = json.dumps({"kind": message.kind, **vars(message)}).encode()
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                self._sock.send(packet)
+                return True
+            except (BrokenPipeError, ConnectionResetError):
+                return False  # not `closed` yet: its last words may be there to be read
+            except BlockingIOError:
+                if (left := deadline - time.monotonic()) <= 0:
+                    return False
+                queue = select.poll()
+                queue.register(self._sock, select.POLLOUT)
+                queue.poll(left * 1000)
 
     def receive(self) -> list[Message]:
         """Every message that has arrived; sets `closed` at the end of file."""
@@ -283,6 +324,7 @@ def _child(main: Callable[[], int], keep: set[int], mask: set[signal.Signals | i
         signal.set_wakeup_fd(-1)
         for number in HANDLED:
             signal.signal(number, signal.SIG_DFL)
+        log.forked()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         status = main()
     except SystemExit as end:
@@ -290,6 +332,7 @@ def _child(main: Callable[[], int], keep: set[int], mask: set[signal.Signals | i
     except BaseException:
         log.exception("child_crashed")
     finally:
+        log.end()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -309,8 +352,13 @@ def _close_descriptors(keep: set[int]) -> None:
                 os.close(number)
 
 
+def block(*numbers: signal.Signals) -> None:
+    """Let signals wait: until there are handlers for them, or for good."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+
 def unblock(*numbers: signal.Signals) -> None:
-    """Let signals in that the child was forked with as `held`."""
+    """Let signals in that were blocked, or that the child was forked with as `held`."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 
 

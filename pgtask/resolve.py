@@ -14,7 +14,8 @@ import socket
 
 from psycopg import OperationalError, conninfo
 
-from pgtask.process import Children, Ended
+from pgtask.lines import shown
+from pgtask.process import Children, Ended, set_title
 
 PATIENCE = 30.0
 """Seconds that the resolver may take."""
@@ -86,6 +87,7 @@ def _addresses(names: list[str], answer: dict[str, list[str] | str]) -> dict[str
 
 
 def _child(names: list[str], writer: int) -> int:
+    set_title(f"resolver {' '.join(map(shown, names))}")
     answer: dict[str, list[str] | str] = {}
     for name in names:
         try:

@@ -1,17 +1,19 @@
 """Creates and upgrades the SQL objects of a task table, and says what it would do.
 
 `look` reads what is there into `Facts`; `changes` compares it with what should be (`objects.py`) and gives the
-statements that are missing, each with a line that says what it does. The same list is run by the master, printed by
-`--check`, and, for an empty database, printed by `pgtask sql`. What a user added (columns, indexes, partitions,
-triggers) is never touched, and a table made by the C extension pg_task is taken over as it stands.
+statements that are missing, each with a line that says what it does. The same list is run by the master, told by
+`--check`, and printed by `pgtask sql`: for an empty database or, with `--upgrade`, for a table as it is. What a user
+added (columns, indexes, partitions, triggers) is never touched, and a table made by the C extension pg_task is taken
+over as it stands.
 
 What is changed is changed under one advisory lock, so that two masters that start together do not collide. Nothing
 here touches a row of the task table.
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psycopg
@@ -22,11 +24,13 @@ from pgtask.errors import UserError
 from pgtask.objects import (
     COLUMNS,
     FORMER_TRIGGERS,
-    FUNCTIONS,
     INDEXES,
-    MASTER_COLUMNS,
+    MASTER,
+    ROUTINES,
+    SIDES,
     STATES,
     TRIGGERS,
+    UNIQUE,
     Column,
     Names,
 )
@@ -36,11 +40,17 @@ INSTALL_LOCK = "SELECT pg_advisory_xact_lock(hashtext('pgtask'), hashtext('insta
 PATIENT = "SET LOCAL lock_timeout = '30s'"
 """For the lock of those who install: with many tables in one database it may take some time until it is our turn."""
 
+FORMER_ROUTINE = re.compile(r"\s*-- pgtask [0-9a-f]{12}\b")
+"""How the body of a function of ours begins."""
+
+GIVEN_DEFAULT = re.compile(r"''::text\), (?P<escaped>E?)'(?P<text>(?:[^']|'')*)'::text\)")
+"""In a setting's column default, as the server writes it: what holds where nobody says otherwise."""
+
 IMPATIENT = "SET LOCAL lock_timeout = '5s'"
 NO_LIMIT = "SET LOCAL statement_timeout = 0"
 """An index of a large table that is taken over takes its time."""
 
-CREATING = re.compile("CREATE (TYPE|TABLE|(UNIQUE )?INDEX|SEQUENCE|OR REPLACE FUNCTION)")
+CREATING = re.compile("CREATE (TYPE|TABLE|(UNIQUE )?INDEX|SEQUENCE|OR REPLACE (FUNCTION|PROCEDURE))")
 """Changes that need the right to create in the schema."""
 
 ALTERING = re.compile("ALTER TABLE|CREATE (UNIQUE )?INDEX|CREATE OR REPLACE TRIGGER|DROP (TRIGGER|INDEX)")
@@ -52,6 +62,10 @@ WRONG = (psycopg.IntegrityError, psycopg.ProgrammingError, psycopg.DataError, ps
 
 class Refused(UserError):
     """What is in the database cannot be served as it is; the line says what, and what mends it."""
+
+
+class Denied(Refused):
+    """The role that connects lacks a right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +86,7 @@ class Facts:
     labels: tuple[str, ...] | None = None  # of the type state: None without it, none if it is no enum
     oid: int | None = None
     kind: str = "r"  # r a table, p a partitioned one
+    owner: str | None = None  # of the table
     partition: bool = False
     may_make_schema: bool = True
     may_create: bool = True  # in the schema
@@ -80,13 +95,11 @@ class Facts:
     primary: bool = False
     id_found: bool = False  # an index finds a row by its id
     id_unique: bool = False  # and no two rows have the same
-    constraints: frozenset[str] = frozenset()
     indexes: Mapping[str, bool] = field(default_factory=dict)  # name -> valid
     input_indexes: tuple[str, ...] = ()  # the C extension's
     triggers: Mapping[str, str] = field(default_factory=dict)  # name -> comment; "extension" for the C extension's
-    functions: Mapping[str, str] = field(default_factory=dict)  # name -> body
-    master: bool = False
-    master_columns: frozenset[str] = frozenset()
+    routines: Mapping[tuple[str, str], str] = field(default_factory=dict)  # name and types -> body
+    sides: Mapping[str, frozenset[str]] = field(default_factory=dict)  # suffix -> the columns that are ours
     layout: str | None = None
     extension: str | None = None  # the title of a running worker of the C extension
     strangers: tuple[tuple[str, str], ...] = ()  # objects of ours that belong to somebody else, and to whom
@@ -98,6 +111,7 @@ class Change:
 
     what: str
     sql: str
+    makes: str | None = None  # what then has an owner of its own, as ALTER names it
 
     @property
     def minor(self) -> bool:
@@ -112,14 +126,26 @@ class Change:
 
 async def look(conn: AsyncConnection[Any], names: Names) -> Facts:
     """Read what is there. Raises Refused; the connection's search_path must be the server's own."""
-    [(schema, labels, oid, kind, partition, *may)] = await _all(conn, "relation", names.schema, names.table)
-    [(master, master_columns)] = await _all(conn, "master", names.quoted(names.master))
-    derived = [names.derived(suffix) for suffix in FUNCTIONS]
-    functions = await _all(conn, "functions", names.schema, derived)
-    more: dict[str, Any] = {"master": master, "master_columns": frozenset(master_columns), "functions": dict(functions)}
-    more["strangers"] = tuple(await _all(conn, "strangers", names.schema, names.table, [names.master], derived))
+    [(schema, labels, oid, kind, partition, owner, *may)] = await _all(conn, "relation", names.schema, names.table)
+    sides: dict[str, frozenset[str]] = {}
+    denied: list[str] = []
+    for side in SIDES:
+        name = names.quoted(names.derived(side.suffix))
+        for may_write, found in await _all(conn, "side", name, list(side.columns)):
+            sides[side.suffix] = frozenset(found)
+            if set(side.columns) <= sides[side.suffix] and not may_write:
+                denied.append(names.derived(side.suffix))
+    derived = sorted({names.derived(one.suffix) for one in ROUTINES})
+    routines = await _all(conn, "routines", names.schema, derived)
+    more: dict[str, Any] = {"sides": sides, "routines": {(name, types): body for name, types, body in routines}}
+    tables = [names.derived(side.suffix) for side in SIDES]
+    more["strangers"] = tuple(await _all(conn, "strangers", names.schema, names.table, tables, derived))
+    if denied and not more["strangers"]:
+        named = ["--schema", names.schema, "--table", names.table, "--grant", conn.info.user]
+        script = shlex.join(["pgtask", "sql", *named])
+        raise Denied(f"permission denied for table {denied[0]}; the rights it needs are at the end of: {script}")
     # What a stranger has laid out may be a view that calls functions of his: it is not even read.
-    if set(MASTER_COLUMNS) <= set(master_columns) and not more["strangers"]:
+    if set(MASTER.columns) <= sides.get("master", frozenset()) and not more["strangers"]:
         more["layout"] = await _layout(conn, names)
     if oid is not None:
         more |= await _look_at_table(conn, names, oid)
@@ -128,6 +154,7 @@ async def look(conn: AsyncConnection[Any], names: Names) -> Facts:
         labels=None if labels is None else tuple(labels),
         oid=oid,
         kind=kind or "r",
+        owner=owner,
         partition=bool(partition),
         may_make_schema=may[0],
         may_create=may[1],
@@ -136,28 +163,34 @@ async def look(conn: AsyncConnection[Any], names: Names) -> Facts:
     )
 
 
+def configured(facts: Facts, names: Names) -> tuple[dict[str, str], bool]:
+    """What a master is configured to, as far as the table tells: its defaults, and whether inserts wake it."""
+    defaults = {setting.name: setting.sql_default for setting in settings.by_name("task").values()}
+    for name in defaults:
+        found = facts.columns.get(name)
+        if found is not None and (value := GIVEN_DEFAULT.search(found.default or "")) is not None:
+            text = value["text"].replace("''", "'")
+            defaults[name] = text.replace("\\\\", "\\") if value["escaped"] else text
+    quiet = objects.trigger("change", names, partitioned=facts.kind == "p", wake=False)
+    return defaults, facts.triggers.get("pgtask_change") != objects.mark(quiet)
+
+
 async def foreign_owner(conn: AsyncConnection[Any], oid: int) -> str | None:
     """Who owns the table, if he is neither we nor one who could have all of it anyway."""
     return next((row[0] for row in await _all(conn, "owner", oid)), None)
 
 
 async def _layout(conn: AsyncConnection[Any], names: Names) -> str | None:
-    try:
-        cursor = await conn.execute(f"SELECT layout FROM {names.quoted(names.master)}".encode())
-    except psycopg.errors.InsufficientPrivilege as error:
-        script = f"pgtask sql --schema {names.schema} --table {names.table} --grant {conn.info.user}"
-        raise Refused(f"{error}; the rights it needs are at the end of: {script}") from error
+    cursor = await conn.execute(f"SELECT layout FROM {names.quoted(names.master)}".encode())
     return next((row[0] for row in await cursor.fetchall()), None)
 
 
 async def _look_at_table(conn: AsyncConnection[Any], names: Names, oid: int) -> dict[str, Any]:
     columns = await _all(conn, "columns", oid, [column.name for column in COLUMNS])
-    checks = [objects.check_name(column, names) for column in COLUMNS if column.check]
     [(primary, id_found, id_unique)] = await _all(conn, "keys", oid)
     indexes = await _all(conn, "indexes", oid, [names.derived(suffix) for suffix in (*INDEXES, "id")])
     return {
         "columns": {name: Found(type=t, notnull=n, doc=doc, default=value) for name, t, n, doc, value in columns},
-        "constraints": frozenset(name for (name,) in await _all(conn, "constraints", oid, checks)),
         "primary": primary,
         "id_found": id_found,
         "id_unique": id_unique,
@@ -208,16 +241,19 @@ def _wrong(facts: Facts, names: Names) -> Iterator[str]:
                 f"column {column.name} of {where} has type {found.type}, not {column.type};"
                 " rename it or choose another table"
             )
-    if facts.master and not set(MASTER_COLUMNS) <= facts.master_columns:
-        yield f"{names.schema}.{names.master} exists and is not the scheduler's; rename it or choose another table"
+    for side in SIDES:
+        if side.suffix in facts.sides and not set(side.columns) <= facts.sides[side.suffix]:
+            name = names.derived(side.suffix)
+            yield f"{names.schema}.{name} exists and is not the scheduler's; rename it or choose another table"
     for what, owner in facts.strangers:
         yield (
             f"{what} belongs to {owner}, who could have SQL of his own run in the scheduler's name;"
             f" give it to the owner of {where} (ALTER ... OWNER TO), or drop it"
         )
-    for name, text in facts.functions.items():
-        if "pgtask" not in text:
-            yield f"function {names.schema}.{name}() exists and is not the scheduler's; rename it"
+    for one in ROUTINES:
+        key = (names.derived(one.suffix), one.types)
+        if "pgtask" not in facts.routines.get(key, "pgtask"):
+            yield f"function {names.schema}.{key[0]}({key[1]}) exists and is not the scheduler's; rename it"
 
 
 def _type_changes(facts: Facts, names: Names) -> Iterator[Change]:
@@ -225,7 +261,8 @@ def _type_changes(facts: Facts, names: Names) -> Iterator[Change]:
         text = f"CREATE SCHEMA {objects.identifier(names.schema)}"
         yield Change(what=f"create schema {names.schema}", sql=text)
     if facts.labels is None:
-        yield Change(what=f"create type {names.schema}.state", sql=objects.type_(names))
+        makes = f"TYPE {names.state}"
+        yield Change(what=f"create type {names.schema}.state", sql=objects.type_(names), makes=makes)
         return
     for label in STATES:
         if label not in facts.labels:
@@ -235,17 +272,19 @@ def _type_changes(facts: Facts, names: Names) -> Iterator[Change]:
 
 def _table_changes(facts: Facts, names: Names, defaults: Mapping[str, str], *, wake: bool) -> Iterator[Change]:
     if facts.oid is None:
-        yield Change(what=f"create table {names.label}", sql=objects.table(names, defaults))
+        makes = f"TABLE {names.task}"
+        yield Change(what=f"create table {names.label}", sql=objects.table(names, defaults), makes=makes)
     else:
         yield from _column_changes(facts, names, defaults)
-        yield from _check_changes(facts, names)
         yield from _key_changes(facts, names)
     yield from _index_changes(facts, names)
-    if not facts.master:
-        yield Change(what=f"create table {names.schema}.{names.master}", sql=objects.master_table(names))
-        target = f"TABLE {names.quoted(names.master)}"
-        yield Change(what=f"comment on {names.master}", sql=objects.comment(target, "Who serves the task table."))
-    yield from _function_changes(facts, names)
+    for side in SIDES:
+        if side.suffix not in facts.sides:
+            name = names.derived(side.suffix)
+            makes = f"TABLE {names.quoted(name)}"
+            yield Change(what=f"create table {names.schema}.{name}", sql=objects.side(side, names), makes=makes)
+            yield Change(what=f"comment on {name}", sql=objects.comment(makes, side.doc))
+    yield from _routine_changes(facts, names, defaults)
     yield from _trigger_changes(facts, names, wake=wake)
     for column in COLUMNS:
         found = facts.columns.get(column.name)
@@ -309,13 +348,6 @@ def _sequence_changes(names: Names) -> Iterator[Change]:
     yield Change(what="set the default of id", sql=text)
 
 
-def _check_changes(facts: Facts, names: Names) -> Iterator[Change]:
-    for column in COLUMNS:
-        if column.check and objects.check_name(column, names) not in facts.constraints:
-            text = f"ALTER TABLE {names.task} ADD {objects.check(column, names)}"
-            yield Change(what=f"check {column.check}", sql=text)
-
-
 def _key_changes(facts: Facts, names: Names) -> Iterator[Change]:
     """A row is found by its id, and a plain table has it once; on partitions only the user's key can say so."""
     index = f"INDEX {objects.identifier(names.derived('id'))} ON {names.task} (id)"
@@ -330,6 +362,8 @@ def _key_changes(facts: Facts, names: Names) -> Iterator[Change]:
 
 def _index_changes(facts: Facts, names: Names) -> Iterator[Change]:
     for suffix in INDEXES:
+        if facts.kind == "p" and suffix in UNIQUE:
+            continue
         name = names.derived(suffix)
         if facts.indexes.get(name) is False:
             yield Change(what=f"drop invalid index {name}", sql=f"DROP INDEX {names.quoted(name)}")
@@ -341,12 +375,24 @@ def _index_changes(facts: Facts, names: Names) -> Iterator[Change]:
         )
 
 
-def _function_changes(facts: Facts, names: Names) -> Iterator[Change]:
-    for suffix in FUNCTIONS:
-        name = names.derived(suffix)
-        if facts.functions.get(name) != objects.body(suffix):
-            what = f"create function {names.schema}.{name}()"
-            yield Change(what=what, sql=objects.function(suffix, names))
+def _routine_changes(facts: Facts, names: Names, defaults: Mapping[str, str]) -> Iterator[Change]:
+    """Our functions, known by a mark in their bodies; those of an earlier layout with other arguments are dropped."""
+    wanted = {(names.derived(one.suffix), one.types) for one in ROUTINES}
+    for (name, types), body in facts.routines.items():
+        if (name, types) not in wanted and FORMER_ROUTINE.match(body):
+            what = f"drop function {names.schema}.{name}({types}) of an earlier layout"
+            yield Change(what=what, sql=f"DROP ROUTINE {names.quoted(name)}({types})")
+    for one in ROUTINES:
+        text = objects.routine(one, names, defaults)
+        name = names.derived(one.suffix)
+        there = facts.routines.get((name, one.types))
+        if there is None or there != objects.body(text):
+            target = objects.signature(one.suffix, one.types, names)
+            makes = f"ROUTINE {target}"
+            yield Change(what=f"create function {names.schema}.{name}({one.types})", sql=text, makes=makes)
+            if one.private:
+                text = f"REVOKE EXECUTE ON {makes} FROM PUBLIC"
+                yield Change(what=f"let nobody else call {name}", sql=text)
 
 
 def _trigger_changes(facts: Facts, names: Names, *, wake: bool) -> Iterator[Change]:
@@ -377,7 +423,7 @@ async def missing(
     facts = await look(conn, names)
     lacking = [change for step in changes(facts, names, defaults, wake=wake) for change in step]
     needed = [change for change in lacking if not change.optional]
-    _refuse_missing(needed, names, create=create)
+    _refuse_missing(needed, facts, names, create=create)
     _refuse_unable(needed, facts, names, user=conn.info.user)
     return lacking if create else []
 
@@ -398,12 +444,12 @@ async def install(
     return made
 
 
-def _refuse_missing(needed: list[Change], names: Names, *, create: bool) -> None:
+def _refuse_missing(needed: list[Change], facts: Facts, names: Names, *, create: bool) -> None:
     """With `create` off the table must be right as it is."""
     if needed and not create:
         raise Refused(
             f"{names.label} is not as it should be (to do: {needed[0].what}), but create is false;"
-            " apply what pgtask sql prints"
+            f" apply what {_printed_by(facts)} prints"
         )
 
 
@@ -420,7 +466,11 @@ def _refuse_unable(needed: list[Change], facts: Facts, names: Names, *, user: st
         first, lack = altering[0], f"may not alter {names.label}, which is not its own; GRANT its owner"
     else:
         return
-    raise Refused(f"to do: {first.what}, but user {user} {lack} TO {user}, or apply what pgtask sql prints")
+    raise Refused(f"to do: {first.what}, but user {user} {lack} TO {user}, or apply what {_printed_by(facts)} prints")
+
+
+def _printed_by(facts: Facts) -> str:
+    return "pgtask sql" if facts.oid is None else "pgtask sql --upgrade"
 
 
 async def _apply(conn: AsyncConnection[Any], change: Change, names: Names) -> None:
@@ -436,6 +486,7 @@ def script(
     schema: str,
     table: str,
     defaults: Mapping[str, str] | None = None,
+    wake: bool = True,
     owner: str | None = None,
     grant: str | None = None,
 ) -> str:
@@ -445,14 +496,49 @@ def script(
     """
     names = Names(schema=schema, table=table)
     values = {s.name: s.sql_default for s in settings.by_name("task").values()} if defaults is None else defaults
-    types, rest = changes(Facts(schema=schema == "public"), names, values)
+    types, rest = changes(Facts(schema=schema == "public"), names, values, wake=wake)
     rest[1:1] = [Change(what="set the columns' defaults", sql=objects.set_defaults(COLUMNS, names, values))]
-    lines = [f"-- {_one_line(change.what)}\n{objects.repeatable(change.sql)}" for change in (*types, *rest)]
-    lines += _owner_lines(names, owner) if owner is not None else []
-    lines += _grant_lines(names, grant) if grant is not None else []
-    begin = ["BEGIN", "SET LOCAL search_path TO pg_catalog, pg_temp", "SET LOCAL lock_timeout TO '5s'"]
+    more = _owner_lines(names, [*types, *rest], owner) + _grant_lines(names, grant)
     head = f"-- The objects of task table {_one_line(names.label)}, as pgtask-master would create them.\n"
-    return head + ";\n".join([*begin, *lines, "COMMIT"]) + ";\n"
+    return head + _transaction([*_lines([*types, *rest]), *more])
+
+
+async def upgrade(
+    conn: AsyncConnection[Any],
+    names: Names,
+    defaults: Mapping[str, str] | None = None,
+    *,
+    wake: bool = True,
+    owner: str | None = None,
+    grant: str | None = None,
+) -> str:
+    """What `install` would change of a table that is there, as a script for its owner or a superuser.
+
+    Without `defaults` the table keeps those that it has, and is woken or not as it is. `owner` gets what it creates,
+    the table's own one by default; `grant` the rights that a master needs without owning anything. Raises Refused.
+    """
+    facts = replace(await look(conn, names), may_alter=True)  # who runs it may
+    if facts.oid is None:
+        raise Refused(f"there is no table {names.label}; without --upgrade the script is printed that makes it")
+    if defaults is None:
+        defaults, wake = configured(facts, names)
+    types, rest = changes(facts, names, defaults, wake=wake)
+    if not types and not rest:
+        head, more = f"-- Task table {_one_line(names.label)} is as it should be.\n", _grant_lines(names, grant)
+    else:
+        head = f"-- What pgtask-master would change of task table {_one_line(names.label)}.\n"
+        more = _owner_lines(names, [*types, *rest], owner or facts.owner) + _grant_lines(names, grant)
+    # A new label of the type must be committed before anything uses it.
+    return head + "".join(_transaction(part) for part in (_lines(types), [*_lines(rest), *more]) if part)
+
+
+def _lines(changes: Iterable[Change]) -> list[str]:
+    return [f"-- {_one_line(change.what)}\n{objects.repeatable(change.sql)}" for change in changes]
+
+
+def _transaction(lines: Iterable[str]) -> str:
+    begin = ["BEGIN", "SET LOCAL search_path TO pg_catalog, pg_temp", "SET LOCAL lock_timeout TO '5s'", NO_LIMIT]
+    return ";\n".join([*begin, *lines, "COMMIT"]) + ";\n"
 
 
 def _one_line(text: str) -> str:
@@ -460,20 +546,27 @@ def _one_line(text: str) -> str:
     return re.sub(r"[\r\n]", " ", text)
 
 
-def _owner_lines(names: Names, owner: str) -> list[str]:
+def _owner_lines(names: Names, changes: Iterable[Change], owner: str | None) -> list[str]:
+    made = [change.makes for change in changes if change.makes is not None]
+    if owner is None or not made:
+        return []
     role = objects.identifier(owner)
-    targets = [f"TABLE {names.task}", f"TABLE {names.quoted(names.master)}", f"TYPE {names.state}"]
-    targets += [f"FUNCTION {names.quoted(names.derived(suffix))}()" for suffix in FUNCTIONS]
     usage = f"GRANT USAGE ON SCHEMA {objects.identifier(names.schema)} TO {role}"
-    return [usage, *(f"ALTER {target} OWNER TO {role}" for target in targets)]
+    return [usage, *(f"ALTER {target} OWNER TO {role}" for target in made)]
 
 
-def _grant_lines(names: Names, grant: str) -> list[str]:
+def _grant_lines(names: Names, grant: str | None) -> list[str]:
+    if grant is None:
+        return []
     role = objects.identifier(grant)
     return [
         f"GRANT USAGE ON SCHEMA {objects.identifier(names.schema)} TO {role}",
-        f"GRANT SELECT, INSERT, UPDATE, DELETE ON {names.task}, {names.quoted(names.master)} TO {role}",
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON {', '.join([names.task, *_sides(names)])} TO {role}",
     ]
+
+
+def _sides(names: Names) -> list[str]:
+    return [names.quoted(names.derived(side.suffix)) for side in SIDES]
 
 
 async def _all(conn: AsyncConnection[Any], name: str, *params: object) -> list[tuple[Any, ...]]:

@@ -1,6 +1,6 @@
 """Every setting, once: its name, kind, default, bounds and meaning.
 
-The command line, the sample file, the reference in README and the SQL defaults of the task table are made
+The command line, the sample file, the reference in docs/ and the SQL defaults of the task table are made
 from this list, so they cannot differ. A setting reads its own values (`parse` what TOML gives, `parse_text`
 what a command line or an environment gives) and says in one line what it wants instead. Where values come
 from is `config.py`'s business.
@@ -18,15 +18,21 @@ from typing import Literal
 import psycopg
 from psycopg import conninfo, pq
 
-from pgtask.log import redact
+from pgtask.durations import duration_text, interval_seconds
+from pgtask.lines import redact
+from pgtask.sinks import Target
 
 Level = Literal["master", "database", "task"]
-Kind = Literal["int", "bool", "duration", "interval", "text", "char", "choice", "path", "conninfo"]
+Kind = Literal["int", "bool", "duration", "interval", "text", "char", "choice", "path", "address", "log", "conninfo"]
 Value = int | bool | str | timedelta | Path | None
+
+LOGS = ("stderr", "syslog", "journal")
+"""Where to log, if it is not a file."""
 
 INT32 = 2**31 - 1
 MS = timedelta(milliseconds=1)
 LONGEST = timedelta(days=1000)
+AGES = timedelta(days=100000)
 LONGEST_NAME = 63
 
 CONNINFO_NUMBERS = (
@@ -58,7 +64,10 @@ _BOOLS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One setting. `min` and `max` bound a number, a duration, an interval's seconds, a text's bytes."""
+    """One setting. `min` and `max` bound a number, a duration, an interval's seconds, a text's bytes.
+
+    `choices` are what a choice can be, and the words that a duration can be instead.
+    """
 
     name: str
     kind: Kind
@@ -98,7 +107,8 @@ class Setting:
             case "bool":
                 return "true or false"
             case "duration":
-                return f'a duration such as "30 s" (a bare number is in {self.unit}), {self._range()}'
+                words = "".join(f', or "{word}"' for word in self.choices)
+                return f'a duration such as "30 s" (a bare number is in {self.unit}), {self._range()}{words}'
             case "interval":
                 return f'an interval such as "1 hour", {"more than 0" if self.min else "0 or more"}'
             case "char":
@@ -107,6 +117,10 @@ class Setting:
                 return f"one of {', '.join(self.choices)}"
             case "path":
                 return "a path"
+            case "address":
+                return 'an address such as "127.0.0.1:9187", "[::1]:9187" or ":9187"'
+            case "log":
+                return "stderr, syslog, journal, or a path"
             case "conninfo":
                 return "a conninfo string or URI"
             case "text":
@@ -136,6 +150,12 @@ class Setting:
                 if value == "":
                     return None
                 parsed = Path(value) if isinstance(value, str) else None
+            case "address":
+                if value == "":
+                    return None
+                parsed = value if isinstance(value, str) and _is_address(value) else None
+            case "log":
+                parsed = self._log(value)
             case _:
                 parsed = value if isinstance(value, str) and self._fits(value) else None
         if parsed is None:
@@ -169,13 +189,15 @@ class Setting:
             return text in self.choices
         return size <= 1 if self.kind == "char" else self._within(size)
 
-    def _duration(self, value: object) -> timedelta | None:
+    def _duration(self, value: object) -> timedelta | str | None:
+        if isinstance(value, str) and (word := value.strip().lower()) in self.choices:
+            return word
         seconds: float | None = None
         if isinstance(value, str) and not re.fullmatch(r"\s*[0-9]*\.?[0-9]+\s*", value):
             seconds = interval_seconds(value)
         elif isinstance(value, str | int | float) and not isinstance(value, bool):
             seconds = float(value) * {"ms": 0.001, "s": 1.0}[self.unit]
-        if seconds is None or not math.isfinite(seconds) or abs(seconds) > 10 * LONGEST.total_seconds():
+        if seconds is None or not math.isfinite(seconds) or abs(seconds) > AGES.total_seconds():
             return None
         duration = timedelta(seconds=seconds)
         return duration if self._within(duration) else None
@@ -187,6 +209,15 @@ class Setting:
         text = str(value).strip()
         seconds = interval_seconds(text)
         return text if seconds is not None and self._within(seconds) else None
+
+    def _log(self, value: object) -> str | None:
+        if not isinstance(value, str) or not value:
+            return None
+        Target.parse(value)
+        near = difflib.get_close_matches(value, LOGS, 1) if re.fullmatch(r"\w+", value) else None
+        if near and near[0] != value:
+            raise ValueError(f'did you mean "{near[0]}"? A file of this name is "./{value}"')
+        return value
 
     def _conninfo(self, value: object) -> str | None:
         if not isinstance(value, str):
@@ -217,6 +248,20 @@ def _bool(level: Level, name: str, default: bool, about: str) -> Setting:
 def _duration(level: Level, name: str, default: timedelta, low: timedelta, unit: str, about: str) -> Setting:
     return Setting(
         name=name, kind="duration", default=default, level=level, about=about, unit=unit, min=low, max=LONGEST
+    )
+
+
+def _keep(name: str, default: str, words: tuple[str, ...], about: str) -> Setting:
+    return Setting(
+        name=name,
+        kind="duration",
+        default=default,
+        level="database",
+        about=about,
+        unit="s",
+        min=timedelta(0),
+        max=AGES,
+        choices=words,
     )
 
 
@@ -260,11 +305,11 @@ SETTINGS: tuple[Setting, ...] = (
     _choice("master", "log_level", "info", ("debug", "info", "warning", "error"), "The least that is logged."),
     Setting(
         name="log",
-        kind="text",
+        kind="log",
         default="stderr",
         level="master",
-        min=1,
-        about='Where to log: "stderr", or the path of a file, opened anew after it was rotated or on USR1.',
+        about='Where to log: "stderr"; the path of a file, opened anew after it was rotated or on USR1; "syslog", or '
+        '"syslog:local3" for another facility than daemon; or "journal", which is systemd\'s.',
     ),
     _choice("master", "log_format", "text", ("text", "json"), "How a line of the log is written."),
     Setting(
@@ -273,6 +318,13 @@ SETTINGS: tuple[Setting, ...] = (
         default=None,
         level="master",
         about="A file that holds the master's pid while it runs; a second master with the same one is refused.",
+    ),
+    Setting(
+        name="listen",
+        kind="address",
+        default=None,
+        level="master",
+        about="Where the monitor answers HTTP requests for metrics and health. Without it there is no monitor.",
     ),
     _name("database", "schema", "public", "The schema of the task table."),
     _name("database", "table", "task", "The name of the task table."),
@@ -327,6 +379,42 @@ SETTINGS: tuple[Setting, ...] = (
         "s",
         "A sleeping poller looks at the table at least so often, in case a wake-up never came.",
     ),
+    _int(
+        "database",
+        "log_failed",
+        100,
+        0,
+        INT32,
+        "Failed runs of this table that are logged in a minute at most; the others are counted. 0 logs none.",
+    ),
+    _duration(
+        "database",
+        "slow_run",
+        timedelta(0),
+        timedelta(0),
+        "ms",
+        "Runs that take longer are logged; 0 is never. A bare number is in milliseconds.",
+    ),
+    _duration(
+        "database",
+        "slow_take",
+        timedelta(seconds=1),
+        timedelta(0),
+        "ms",
+        "Looks for due tasks that take longer are logged; 0 is never. A bare number is in milliseconds.",
+    ),
+    _keep(
+        "keep",
+        "forever",
+        ("forever",),
+        "How long the rows of tasks that are DONE, GONE or STOP are kept before they are removed.",
+    ),
+    _keep(
+        "keep_failed",
+        "keep",
+        ("forever", "keep"),
+        'The same for those that FAILed; "keep" is as long as the others.',
+    ),
     Setting(
         name="maintenance",
         kind="conninfo",
@@ -338,7 +426,7 @@ SETTINGS: tuple[Setting, ...] = (
         "database",
         "create",
         True,
-        "Whether to create or alter what is missing. False only checks; a DBA runs what `pgtask sql` prints.",
+        "Whether to create or alter what is missing. False only checks; what `pgtask sql` prints, a DBA runs.",
     ),
     _interval("active", "1 hour", 1e-6, "How long after plan a task may still start; later it is GONE."),
     _interval("live", "0", 0, "A worker older than this takes no further task like this one; 0 is no limit."),
@@ -371,6 +459,23 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(name="null", kind="text", default="\\N", level="task", about="How a null is written."),
     _bool("task", "atomic", True, "Whether to run and finish in one transaction wherever the input allows it."),
+    _int("task", "retry", 0, 0, INT32, "How many further runs a task gets after failed ones."),
+    _interval("backoff", "1 second", 0, "The pause before the first of them; it doubles each time, up to an hour."),
+    Setting(
+        name="retry_on",
+        kind="text",
+        default="* !0A !42",
+        level="task",
+        about="After which errors: SQLSTATEs and classes of them, * for all, with ! before those that are not meant. "
+        "What passes by itself (a lost connection, a conflict, a lock timeout, a server that stops) always is.",
+    ),
+    _choice(
+        "task",
+        "missed",
+        "once",
+        ("once", "skip", "all"),
+        "What becomes of the runs of a calendar that were missed: one late run, none, or all of them.",
+    ),
     _int("task", "batch", 1, 1, 50, "How many short tasks of the group may share one transaction and its commit."),
 )
 
@@ -395,96 +500,10 @@ def toml_text(value: Value) -> str:
     return '"' + "".join(_toml_character(character) for character in text) + '"'
 
 
-def duration_text(duration: timedelta) -> str:
-    """A duration in its largest whole unit."""
-    units = {"day": 86400 * 10**6, "hour": 3600 * 10**6, "min": 60 * 10**6, "s": 10**6, "ms": 1000, "us": 1}
-    total = duration // timedelta(microseconds=1)
-    for unit, size in units.items():
-        if total and total % size == 0:
-            plural = "s" if unit in ("day", "hour") and total != size else ""
-            return f"{total // size} {unit}{plural}"
-    return "0 s"
-
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: the nearest known one, or nothing."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f', did you mean "{near[0]}"?' if near else ""
-
-
-_UNITS = {
-    1e-6: "us usec usecs usecond useconds microsecond microseconds microsecon",
-    1e-3: "ms msec msecs msecond mseconds millisecond milliseconds millisecon",
-    1.0: "s sec secs second seconds",
-    60.0: "m min mins minute minutes",
-    3600.0: "h hr hrs hour hours",
-    86400.0: "d day days",
-    86400.0 * 7: "w week weeks",
-    86400.0 * 30: "mon mons month months",
-    86400.0 * 360: "y yr yrs year years",
-    86400.0 * 3600: "dec decs decade decades",
-    86400.0 * 36000: "c cent century centuries",
-    86400.0 * 360000: "mil mils millennium millennia",
-}
-_SECONDS = {word: seconds for seconds, words in _UNITS.items() for word in words.split()}
-_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
-_FIELD = re.compile(
-    rf"\s*(?:([+-]?)([0-9]+):([0-9]{{1,2}})(?::([0-9]{{1,2}}(?:\.[0-9]*)?))?|({_NUMBER})\s*([a-z]*))", re.I
-)
-_ISO = re.compile(rf"P(?:{_NUMBER}[YMWD])*(?:T(?:{_NUMBER}[HMS])+)?")
-_MOST_SECONDS = 178e6 * 360 * 86400
-"""What an interval of PostgreSQL holds, nearly."""
-
-
-def interval_seconds(text: str) -> float | None:
-    """How long an interval is, as the server compares them (a month is 30 days); None for nonsense."""
-    if re.fullmatch(r"-?\s*P.*", text.strip()):
-        seconds = _iso_seconds(text.strip())
-    else:
-        seconds = _verbose_seconds(text.strip().lower())
-    return seconds if seconds is not None and abs(seconds) <= _MOST_SECONDS else None
-
-
-def _iso_seconds(text: str) -> float | None:
-    if not _ISO.fullmatch(text) or text == "P":
-        return None
-    date, _, time = text[1:].partition("T")
-    units = {"Y": "year", "M": "month", "W": "week", "D": "day"}, {"H": "hour", "M": "minute", "S": "second"}
-    return sum(
-        float(number) * _SECONDS[words[unit]]
-        for part, words in zip((date, time), units, strict=True)
-        for number, unit in re.findall(rf"({_NUMBER})([A-Z])", part)
-    )
-
-
-def _verbose_seconds(text: str) -> float | None:
-    body = text.removeprefix("@").strip()
-    past = body.endswith("ago")
-    body = body.removesuffix("ago").rstrip()
-    total, position = 0.0, 0
-    while position < len(body):
-        field = _FIELD.match(body, position)
-        if field is None:
-            return None
-        position = field.end()
-        seconds = _field_seconds(field, rest=body[position:].strip())
-        if seconds is None:
-            return None
-        total += seconds
-    if not body:
-        return None
-    return -total if past else total
-
-
-def _field_seconds(field: re.Match[str], rest: str) -> float | None:
-    sign, hours, minutes, second, number, unit = field.groups()
-    if hours is not None:
-        total = int(hours) * 3600 + int(minutes) * 60 + float(second or 0)
-        return -total if sign == "-" else float(total)
-    if unit:
-        return float(number) * _SECONDS[unit] if unit in _SECONDS else None
-    # A bare number is seconds at the end, and days before a time of day.
-    return float(number) * (86400 if ":" in rest else 1) if not rest or ":" in rest else None
 
 
 def conninfo_problem(text: str) -> str | None:
@@ -602,6 +621,12 @@ def _shown(value: object) -> str:
         return "a list" if isinstance(value, list) else "a table" if isinstance(value, dict) else f"{value}"
     text = redact(value)
     return toml_text(text if len(text) <= 60 else text[:60] + "...")
+
+
+def _is_address(text: str) -> bool:
+    """HOST:PORT, [IPv6]:PORT, or :PORT for every address of this machine."""
+    found = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+(?:%\w+)?\]|[\w.-]*):([0-9]{1,5})", text, re.ASCII)
+    return found is not None and 0 < int(found[1]) < 65536
 
 
 def _encodable(text: str) -> bool:

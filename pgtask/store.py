@@ -9,11 +9,16 @@ import re
 from collections.abc import Mapping
 from functools import cache, lru_cache
 from importlib.resources import files
+from math import ceil
 from typing import NamedTuple
 
 from psycopg import pq, sql
 
+from pgtask.coming import Calendar
 from pgtask.output import Format
+
+NAME = 63
+"""Bytes of an application_name that the server keeps."""
 
 
 @cache
@@ -28,8 +33,10 @@ def statements(subject: str) -> Mapping[str, str]:
 class Task(NamedTuple):
     """A row as a worker runs it. Texts are bytes in the server's encoding.
 
+    `waited`: how many seconds after its plan the row's first run began, as text; null where it waited for others.
     `repeated`: it may have a next row, for which `copied` must be known. `batch`: how many may share its transaction,
-    1 where it must run by itself. `name`: what its session is called meanwhile.
+    1 where it must run by itself. `name`: what its session is called meanwhile. `calendar`: what its next plan depends
+    on, if it has one.
     """
 
     id: int
@@ -47,22 +54,26 @@ class Task(NamedTuple):
     format: Format
     batch: int
     name: bytes
+    waited: bytes | None = None
     copied: bytes | None = None
+    calendar: Calendar | None = None
 
     @classmethod
     def read(cls, result: pq.abc.PGresult, row: int = 0) -> "Task":
         """A row that `begin`, or one of the statements that take the next, returned."""
         get = result.get_value
-        id, attempt, group, remote, input, timeout, max, plan, *rest = [get(row, column) for column in range(25)]
+        id, attempt, group, remote, input, timeout, max, plan, *rest = [get(row, column) for column in range(24)]
         assert id and attempt and timeout and max and plan and group is not None and input is not None
         delete, save, atomic, repeated = [value == b"t" for value in rest[:4]]
+        batch, count, aging, _, name, waited = rest[10:]
+        alone = not atomic or save or repeated or remote is not None or max < b"0" or count != b"0" or aging == b"t"
         return cls(
             id=int(id),
             attempt=int(attempt),
             group=group,
             remote=remote,
             input=input,
-            timeout_ms=int(timeout),
+            timeout_ms=_milliseconds(float(timeout)),
             max=int(max),
             plan=plan,
             delete=delete,
@@ -70,9 +81,16 @@ class Task(NamedTuple):
             atomic=atomic,
             repeated=repeated,
             format=_format(*rest[4:10]),
-            batch=int(rest[10] or 1),
-            name=rest[16] or b"",
+            # As `shares` in sql/words.sql; a row that was begun before runs by itself.
+            batch=1 if alone or attempt != b"1" else int(batch or 1),
+            name=name or b"",
+            waited=waited,
         )
+
+
+def _milliseconds(seconds: float) -> int:
+    """A timeout as the server takes it: rounded up, 0 for none."""
+    return max(1, ceil(max(0.0, min(seconds * 1000, 2147483647)))) if seconds else 0
 
 
 @lru_cache(maxsize=64)
@@ -96,30 +114,33 @@ def _char(value: bytes) -> bytes:
 class Store:
     """The statements for one table."""
 
-    def __init__(self, *, schema: str, table: str, master: str, type_schema: str):
-        self.schema, self.table, self.master = schema, table, master
+    def __init__(self, *, schema: str, table: str, beside: Mapping[str, str], type_schema: str):
+        """`beside`: the names of tables and functions beside it, by what stands for them in the statements."""
+        self.schema, self.table = schema, table
         self._words = {
+            **{word: _quoted(schema, name) for word, name in beside.items()},
             "task": _quoted(schema, table),
-            "master": _quoted(schema, master),
             "state": _quoted(type_schema, "state"),
             "regclass": _literal(_quoted(schema, table)),
             "schema_text": _literal(schema) + "::text",
             "table_text": _literal(table) + "::text",
+            "report_text": _literal(_quoted(schema, beside["report"])),
+            "room": str(NAME - len("pgtask    ") - len(schema) - len(table)),
         }
         for name, text in statements("words").items():
             self._words[name] = self._fill(text)
 
     def text(self, name: str, **words: str) -> str:
-        """A statement of sql/poll.sql or sql/run.sql for this table."""
-        for subject in ("poll", "run"):
+        """A statement of ours for this table."""
+        for subject in ("poll", "run", "calendar", "wait", "history", "monitor", "top", "user", "why", "doctor"):
             if name in statements(subject):
                 return self._fill(statements(subject)[name], **words)
         raise KeyError(name)
 
-    def repeat(self, copied: str) -> str:
-        """The statement that plans the next row of a repeated task; `copied` is `Task.copied`."""
+    def repeat(self, copied: str, name: str = "repeat") -> str:
+        """`repeat` or `repeat_cron`, which plans the next row of a repeated task; `copied` is `Task.copied`."""
         values = re.sub(r'("(?:[^"]|"")+"|[^, ]+)(?=, |$)', r"t.\1", copied)
-        return self.text("repeat", columns=copied, values=values)
+        return self.text(name, columns=copied, values=values)
 
     def _fill(self, text: str, **more: str) -> str:
         words = {**self._words, **more}

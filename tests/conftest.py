@@ -15,6 +15,8 @@ pytest_plugins = [
     "tests.fixtures.master",
     "tests.fixtures.ledger",
     "tests.fixtures.proxy",
+    "tests.fixtures.command",
+    "tests.fixtures.daemons",
 ]
 
 

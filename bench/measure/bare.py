@@ -278,7 +278,7 @@ def ticks(_: str) -> Any:
         lag.begin(asyncio.get_running_loop())
         while not told():
             await asyncio.sleep(0.1)
-        return lag.late
+        return [late for _, late in lag.ticks]
 
     ready_once()
     return asyncio.run(measure())

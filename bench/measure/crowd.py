@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 
 from measure import bare, tasks
@@ -113,21 +112,24 @@ def _tables(course: Course, ground: Ground, outcome: Outcome) -> None:
                     before = Usage.of(master.pid)
                     begun = time.monotonic()
                     _feed(ground, names, seconds, rate)
-                    cpu = Usage.of(master.pid).since(before).cpu / (time.monotonic() - begun)
+                    ended = time.monotonic()
+                    cpu = Usage.of(master.pid).since(before).cpu / (ended - begun)
                     bare.go(loop)
                     idle = bare.found(loop)
-            late = _steady(file, seconds)
+            ticks: list[tuple[float, float]] = json.loads(file.read_text("utf-8"))
+            late = [late for moment, late in ticks if begun <= moment <= ended]
             lines[name][0].add(quantile(late, 0.99) * 1000, quantile(idle, 0.99) * 1000)
             lines[name][1].add(max(late) * 1000, max(idle) * 1000)
             lines[name][2].add(cpu * 100)
 
 
 def _config(ground: Ground, names: Sequence[str], wake: str) -> str:
+    """With places for a worker of each table: with fewer, every task ends one and forks another."""
     tables = (
         f'[[database]]\nconninfo = {json.dumps(ground.conninfo)}\ntable = "{name}"\nsleep = "1 ms"\nwake = {wake}\n'
         for name in names
     )
-    return "\n".join(tables)
+    return "\n".join([f"[master]\nworkers = {2 * len(names)}\n", *tables])
 
 
 def _feed(ground: Ground, names: Sequence[str], seconds: float, rate: float) -> None:
@@ -139,9 +141,3 @@ def _feed(ground: Ground, names: Sequence[str], seconds: float, rate: float) -> 
             time.sleep(max(0.0, now + 1 / rate - time.monotonic()))
         else:
             time.sleep(end - now)
-
-
-def _steady(file: Path, seconds: float) -> list[float]:
-    """The last ticks, without the ones of the start."""
-    late: list[float] = json.loads(file.read_text("utf-8"))
-    return late[-max(1, int(seconds / 0.006)) :]

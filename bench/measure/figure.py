@@ -23,7 +23,7 @@ class Figure:
     better: Literal["more", "less"] = "more"
     mark: float | None = None
     limit: float | None = None
-    headline: bool = False  # whether README shows it
+    headline: bool = False  # whether docs/explanation/speed.md shows it
     ours: list[float] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)
 

@@ -153,7 +153,7 @@ def _cost(course: Course, ground: Ground, table: str) -> Cost:
             count = len(_starts(ground, table, course.size(30, 5)))
             found = records()[before:]
         if found:
-            made.statements, made.task = _durations(found, count)
+            made.statements, made.task = durations(found, count)
     ground.own(f"DELETE FROM {table} WHERE id > {last}")
     ground.ask(f"VACUUM {table}")
     return made
@@ -183,7 +183,7 @@ def _rate(ground: Ground, table: str, count: int) -> float:
     return tasks.rate(ground, table, work, after=last)
 
 
-def _durations(records: Sequence[str], count: int) -> tuple[dict[str, float], float]:
+def durations(records: Sequence[str], count: int) -> tuple[dict[str, float], float]:
     """What each known statement costs, and all of them for one task."""
     known = {
         text.split("{")[0]: name

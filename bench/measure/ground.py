@@ -18,7 +18,6 @@ from typing import Any, Self
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pgtask import settings
 from pgtask.embedded import Binaries, Server
 from storm.stand import Broken, Master, launch
 
@@ -213,11 +212,6 @@ def records(text: str, database: str) -> list[str]:
         elif mine:
             found[-1] += "\n" + line.removeprefix("\t")
     return found
-
-
-def has(setting: str) -> bool:
-    """Whether this pgtask knows the setting."""
-    return any(one.name == setting for one in settings.SETTINGS)
 
 
 def until(true: Callable[[], bool], otherwise: str, master: Master | None = None, patience: float = PATIENCE) -> None:

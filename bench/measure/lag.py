@@ -9,16 +9,16 @@ import json
 import sys
 from pathlib import Path
 
-from pgtask import timers
+from pgtask.master import timers
 
 EVERY = 0.005
 
 
 class Lag:
-    """How late each tick of a loop was, in seconds."""
+    """When each tick of a loop came (time.monotonic()), and how late it was, in seconds."""
 
     def __init__(self) -> None:
-        self.late: list[float] = []
+        self.ticks: list[tuple[float, float]] = []
 
     def begin(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -26,7 +26,8 @@ class Lag:
         loop.call_at(self._due, self._tick)
 
     def _tick(self) -> None:
-        self.late.append(self._loop.time() - self._due)
+        now = self._loop.time()
+        self.ticks.append((now, now - self._due))
         self.begin(self._loop)
 
 
@@ -42,7 +43,7 @@ class Watched(timers.Loop):
 
     def close(self) -> None:
         if not self.is_closed():
-            self.file.write_text(json.dumps(self._lag.late), "utf-8")
+            self.file.write_text(json.dumps(self._lag.ticks), "utf-8")
         super().close()
 
 

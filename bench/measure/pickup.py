@@ -15,7 +15,7 @@ import psycopg
 
 from measure import bare
 from measure.figure import Course, Figure, Outcome, quantile, subject
-from measure.ground import Ground, has, until
+from measure.ground import Ground, until
 
 GAP = 0.1
 INSERT = """BEGIN;
@@ -45,17 +45,18 @@ class Case:
     arguments: tuple[str, ...] = ()
     fork: bool = False  # whether the reference forks, too
     load: bool = False
+    plotted: bool = True
     mark_ms: float | None = None
 
 
 def cases() -> list[Case]:
     nothing = ("--linger", "1ms")
     made = [Case(name="a worker lingers", mark_ms=1.5)]
-    if has("warm"):
-        made.append(Case(name="no worker, warm 0", arguments=(*nothing, "--warm", "0"), fork=True))
-        made.append(Case(name="no worker, warm 1", arguments=(*nothing, "--warm", "1"), fork=True, mark_ms=4.5))
-    else:
-        made.append(Case(name="no worker", arguments=nothing, fork=True, mark_ms=4.5))
+    for spare, warm in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        name = f"no worker, warm {warm}" + (", spare 1" if spare else "")
+        mark = 4.5 if (spare, warm) == (0, 1) else None
+        arguments = (*nothing, "--spare", str(spare), "--warm", str(warm))
+        made.append(Case(name=name, arguments=arguments, fork=True, plotted=not spare, mark_ms=mark))
     made.append(Case(name=f"{LOAD_RATE} tasks/s in other groups", load=True))
     return made
 
@@ -71,15 +72,14 @@ def pickup(course: Course) -> Outcome:
     with course.site.ground("pickup") as ground:
         ground.install()
         bare.create(ground)
-        if not has("warm"):
-            outcome.note("warm: left out, this pgtask has no such setting")
         for _ in course.rounds():
             for case in chosen:
                 course.say(case.name)
                 ours, reference = _measure(ground, case, count, outcome)
                 figures[case.name].add(ours, reference)
-                pooled.setdefault(f"pgtask, {case.name}", []).extend(ours.start)
-                pooled.setdefault(f"bare, {case.name}", []).extend(reference.start)
+                if case.plotted:
+                    pooled.setdefault(f"pgtask, {case.name}", []).extend(ours.start)
+                    pooled.setdefault(f"bare, {case.name}", []).extend(reference.start)
     outcome.curves["latency"] = {name: thinned(values) for name, values in pooled.items()}
     outcome.note(
         "Latencies count from just before COMMIT. The reference is a session that LISTENs and takes from a bare table, "

@@ -1,4 +1,4 @@
-"""The figures as lines of a table: all of them in bench/RESULTS.md, the headlines in README.md. Needs only Python."""
+"""The figures as lines of a table: bench/RESULTS.md has them all, docs/ and README.md some. Needs only Python."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,7 +6,19 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "results.json"
-ORDER = ("throughput", "pickup", "plans", "idle", "flat", "inserts", "many", "held", "peers")
+ORDER = ("throughput", "pickup", "plans", "idle", "flat", "history", "inserts", "triggers", "many", "held", "peers")
+SHORT = (
+    "one group, max 0",
+    "one group, max 0, batch 50",
+    "a worker lingers: start, p50",
+    "no worker, warm 1: start, p50",
+    "one group: late, p50",
+    "master: CPU",
+    "statements a minute (server log)",
+    "8 clients: time of a row",
+)
+"""The headlines that README.md shows."""
+
 HEADS = ("what", "ours", "reference", "ratio", "mark", "against")
 
 
@@ -56,14 +68,13 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def headlines(file: Path = RESULTS) -> str:
-    """README's table; nothing where nothing was measured yet."""
+def headlines(word: str = "", file: Path = RESULTS) -> str:
+    """The table of a page: the headlines, or only those in SHORT; nothing where nothing was measured yet."""
     told = _read(file)
-    rows = [
-        (f"**{name}**" if number == 0 else "", *line)
-        for name, subject in told["subjects"].items()
-        for number, line in enumerate(lines(subject, headlines=True))
-    ]
+    rows = []
+    for name, subject in told["subjects"].items():
+        chosen = [line for line in lines(subject, headlines=True) if word != "short" or line[0] in SHORT]
+        rows += [(f"**{name}**" if number == 0 else "", *line) for number, line in enumerate(chosen)]
     return "\n".join([_measured(told), "", *_table(("subject", *HEADS), rows)]) if rows else ""
 
 

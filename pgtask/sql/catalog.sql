@@ -1,25 +1,25 @@
 -- What the database has of the objects of a task table (schema.py). Read with the server's own search_path, and only
 -- what is ours by its name: what a user's is called may not even be text in our encoding.
 
--- name: relation — schema, the labels of the type state ({} if it is no enum), the table; may we create a schema here,
--- create in the schema, alter the table. $1 schema, $2 table
+-- name: relation — schema, the labels of the type state ({} if it is no enum), the table and its owner; may we create a
+-- schema here, create in the schema, alter the table. $1 schema, $2 table
 SELECT n.oid IS NOT NULL,
     (SELECT ARRAY(SELECT e.enumlabel::text FROM pg_enum AS e WHERE e.enumtypid = t.oid ORDER BY e.enumsortorder)
      FROM pg_type AS t
      WHERE t.typnamespace = n.oid AND t.typname = 'state'),
-    c.oid, c.relkind::text, c.relispartition,
+    c.oid, c.relkind::text, c.relispartition, pg_get_userbyid(c.relowner)::text,
     has_database_privilege(current_database(), 'CREATE'),
     coalesce(has_schema_privilege(n.oid, 'CREATE'), true), coalesce(pg_has_role(c.relowner, 'USAGE'), true)
 FROM (SELECT 1) AS one
 LEFT JOIN pg_namespace AS n ON n.nspname = $1
 LEFT JOIN pg_class AS c ON c.relnamespace = n.oid AND c.relname = $2;
 
--- name: master — is there such a relation, and its columns. $1 a quoted name
-SELECT r.oid IS NOT NULL,
+-- name: side — a relation beside the table, if there is one: may we write it, and its columns. $1 a quoted name, $2 columns
+SELECT (SELECT bool_and(has_table_privilege(r.oid, p.name)) FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS p (name)),
     ARRAY(SELECT a.attname::text FROM pg_attribute AS a
-          WHERE a.attrelid = r.oid AND NOT a.attisdropped AND a.attname IN
-              ('one', 'term', 'host', 'pid', 'backend', 'backend_start', 'since', 'layout'))
-FROM (SELECT to_regclass($1)::oid AS oid) AS r;
+             WHERE a.attrelid = r.oid AND NOT a.attisdropped AND a.attname = ANY ($2::name[]))
+FROM (SELECT to_regclass($1)::oid AS oid) AS r
+WHERE r.oid IS NOT NULL;
 
 -- name: columns — $1 table oid, $2 names
 SELECT a.attname::text,
@@ -31,9 +31,6 @@ JOIN pg_class AS c ON c.oid = a.attrelid
 JOIN pg_type AS t ON t.oid = a.atttypid
 LEFT JOIN pg_attrdef AS d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
 WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped AND a.attname = ANY ($2);
-
--- name: constraints — $1 table oid, $2 names
-SELECT conname::text FROM pg_constraint WHERE conrelid = $1 AND conname = ANY ($2);
 
 -- name: keys — is there a primary key, an index that begins with id, a unique one on id alone. $1 table oid
 SELECT coalesce(bool_or(i.indisprimary), false),
@@ -61,10 +58,10 @@ JOIN pg_proc AS p ON p.oid = t.tgfoid
 WHERE t.tgrelid = $1 AND NOT t.tgisinternal
     AND (t.tgname = ANY ($2) OR p.prosrc ~ 'pg_cancel_backend' AND p.prosrc ~ 'pg_locks' AND p.prosrc ~ 'userlock');
 
--- name: functions — $1 schema, $2 names
-SELECT p.proname::text, p.prosrc
+-- name: routines — with the types of their arguments. $1 schema, $2 names
+SELECT p.proname::text, oidvectortypes(p.proargtypes), p.prosrc
 FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
-WHERE n.nspname = $1 AND p.proname = ANY ($2) AND p.pronargs = 0;
+WHERE n.nspname = $1 AND p.proname = ANY ($2);
 
 -- name: strangers — objects of ours that were there before the table, or beside it, and whose owner is none of those
 -- who have a say here anyway: ourselves, the table's owner, its schema's, the database's, superusers. Membership in a
@@ -81,8 +78,8 @@ CROSS JOIN LATERAL (
     SELECT concat('type ', n.nspname, '.state'), y.typowner
     FROM pg_type AS y WHERE y.typnamespace = n.oid AND y.typname = 'state'
     UNION ALL
-    SELECT concat('function ', n.nspname, '.', p.proname, '()'), p.proowner
-    FROM pg_proc AS p WHERE p.pronamespace = n.oid AND p.proname = ANY ($4) AND p.pronargs = 0
+    SELECT concat('function ', n.nspname, '.', p.proname, '(', oidvectortypes(p.proargtypes), ')'), p.proowner
+    FROM pg_proc AS p WHERE p.pronamespace = n.oid AND p.proname = ANY ($4)
 ) AS o
 JOIN pg_roles AS r ON r.oid = o.owner
 WHERE n.nspname = $1 AND NOT r.rolsuper

@@ -13,6 +13,28 @@ RETURNING m.term, m.backend_start::text;
 -- name: leader — who serves the table
 SELECT m.host, m.pid, m.backend, m.term FROM {master} AS m;
 
+-- name: holds — the key of each group that is held, and the lanes in which rows of it run or are about to
+SELECT hashtextextended(h."group", 0),
+    ARRAY(SELECT DISTINCT {lane} FROM {task} AS t WHERE t.state IN ('TAKE', 'WORK') AND t."group" = h."group")
+FROM {held} AS h;
+
+-- name: report — how far runs are that go on; what comes too late says nothing. Of each: $1 id, $2 attempt, $3 percent,
+-- $4 message
+INSERT INTO {report} AS p (id, attempt, percent, message, at)
+SELECT r.id, r.attempt, r.percent, r.message, clock_timestamp()
+FROM unnest($1::bigint[], $2::int[], $3::numeric[], $4::text[]) AS r (id, attempt, percent, message)
+JOIN {task} AS t ON t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK'
+ON CONFLICT (id) DO UPDATE
+SET attempt = excluded.attempt, percent = excluded.percent, message = excluded.message, at = excluded.at;
+
+-- name: forget_reports — those of runs that have ended; how many there are left
+WITH ended AS (
+    DELETE FROM {report} AS p
+    WHERE NOT EXISTS (SELECT FROM {task} AS t WHERE t.id = p.id AND t.attempt = p.attempt AND t.state::text = 'WORK')
+    RETURNING p.id
+)
+SELECT (SELECT count(*) FROM {report}) - (SELECT count(*) FROM ended);
+
 -- name: lock_master — at most one session in the cluster gets this. $1 table oid
 SELECT pg_try_advisory_lock($1::oid::int, -2);
 
@@ -28,16 +50,16 @@ SELECT pg_advisory_unlock($1::oid::int, -1);
 -- end, where new rows come in, and by walking from group to group. So the cost is bounded whatever lies in the table, but
 -- for dead entries of its indexes: a quick look starts from a place in the order of due rows, sees no more than the due
 -- rows after it and the new ones, and walks nowhere.
--- Answers with at least one row: how many due rows of groups with a free slot were seen, how many of them of groups that
--- have no slot in use, the instant, where to walk on (null: every group was seen), what a full look cost (seconds),
+-- Answers with at least one row: how many due rows of groups with a free slot were seen, how many groups with due rows had
+-- no slot in use, the instant, where to walk on (null: every group was seen), what a full look cost (seconds),
 -- the place for the next quick look: a second ago at the latest, for inserts that are still in flight; and after a full
 -- look the seconds until the next moment that is planned after the instant (null: none).
 -- $1 rows at most, $2 lanes that rest after a negative max, $3 due rows, and groups, looked at, $4 the instant to take for now,
 -- unless the clock was set back since, or null,
 -- $5 the lanes of the slots in use, one for each: rows in TAKE and WORK are not counted, and so dead entries of the slot
 -- index not read, $6 when this backend started: the owner of a row is known by having started before it, also after the clock was set
--- back, $7 the lane to walk on from, or null, $8 $9 the plan and id of the place to start from, $10 the instant of the last
--- full look, for a quick one, or null
+-- back, $7 the keys of the groups that are held, $8 the lane to walk on from, or null, $9 $10 the plan and id of the place to
+-- start from, $11 the instant of the last full look, for a quick one, or null
 WITH RECURSIVE instant AS MATERIALIZED (
     SELECT least($4::timestamptz, clock_timestamp()) AS now
 ), held AS MATERIALIZED (
@@ -45,22 +67,22 @@ WITH RECURSIVE instant AS MATERIALIZED (
 ), head AS MATERIALIZED (
     SELECT {lane} AS lane, t."group", coalesce(t.remote, '') AS remote, t.max, t.plan, t.id
     FROM {task} AS t
-    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND (t.plan, t.id) >= ($8::timestamptz, $9::bigint)
+    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND (t.plan, t.id) >= ($9::timestamptz, $10::bigint)
     ORDER BY t.plan, t.id
     LIMIT $3::int
 ), place AS MATERIALIZED (
     SELECT h.plan, h.id FROM head AS h LIMIT 1
 ), hidden AS MATERIALIZED (
-    SELECT count(*) >= $3::int AS rows, count(*) >= $3::int AND $10::timestamptz IS NULL AS walk FROM head
+    SELECT count(*) >= $3::int AS rows, count(*) >= $3::int AND $11::timestamptz IS NULL AS walk FROM head
 ), tail AS MATERIALIZED (
     SELECT {lane} AS lane, t."group", coalesce(t.remote, '') AS remote, t.max, t.plan, t.id
     FROM {task} AS t
-    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND t.plan >= coalesce($10::timestamptz - interval '1 second', '-infinity')
+    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND t.plan >= coalesce($11::timestamptz - interval '1 second', '-infinity')
     ORDER BY t.plan DESC, t.id DESC
     LIMIT CASE WHEN (SELECT h.rows FROM hidden AS h) THEN $3::int ELSE 0 END
 ), walk (lane) AS (
     (SELECT {lane} FROM {task} AS t
-    WHERE t.state = 'PLAN' AND {lane} >= coalesce($7::bigint, -9223372036854775808)
+    WHERE t.state = 'PLAN' AND {lane} >= coalesce($8::bigint, -9223372036854775808)
     ORDER BY 1
     LIMIT CASE WHEN (SELECT h.walk FROM hidden AS h) THEN 1 ELSE 0 END)
     UNION ALL
@@ -85,65 +107,14 @@ WITH RECURSIVE instant AS MATERIALIZED (
         ) AS d
         LIMIT 1
     ) AS f
-), groups AS MATERIALIZED (
-    SELECT d.lane, d."group", d.remote, coalesce(s.used, 0) AS used,
-        greatest(max(d.max), 0)::bigint - coalesce(s.used, 0) + 1 AS free, count(*) AS seen,
-        array_agg(DISTINCT d.max ORDER BY d.max DESC) AS levels
-    FROM (TABLE head UNION ALL TABLE tail UNION ALL TABLE first) AS d
-    LEFT JOIN held AS s ON s.lane = d.lane
-    WHERE greatest(d.max, 0) >= coalesce(s.used, 0) AND NOT (d.max < 0 AND d.lane = ANY ($2::bigint[]))
-    GROUP BY 1, 2, 3, 4
-    ORDER BY min(d.plan)
-), picked AS MATERIALIZED (
-    SELECT p.id, p.late, g.lane
-    FROM groups AS g
-    CROSS JOIN LATERAL (
-        {levels}
-        SELECT q.id, q.max, q.late, g.used + row_number() OVER (ORDER BY q.max DESC, q.plan, q.id) - 1 AS slot
-        FROM (
-            SELECT d.id, d.max, d.plan, d.late
-            FROM (
-                SELECT v.max FROM level AS v WHERE (SELECT h.walk FROM hidden AS h)
-                UNION ALL
-                SELECT s.max FROM unnest(g.levels) AS s (max) WHERE NOT (SELECT h.walk FROM hidden AS h)
-            ) AS l
-            CROSS JOIN LATERAL (
-                SELECT t.id, t.max, t.plan, t.max >= 0 AND date_part('epoch', t.repeat) = 0
-                    AND date_part('epoch', (SELECT now FROM instant)) - date_part('epoch', t.plan) > date_part('epoch', t.active) AS late
-                FROM {task} AS t
-                WHERE t.state = 'PLAN' AND {lane} = g.lane AND t.max = l.max
-                    AND t."group" = g."group" AND coalesce(t.remote, '') = g.remote
-                    AND t.plan <= (SELECT now FROM instant)
-                    AND (t.plan, t.id) >= ((SELECT s.plan FROM place AS s), (SELECT s.id FROM place AS s))
-                    AND NOT (t.max < 0 AND g.lane = ANY ($2::bigint[]))
-                ORDER BY t.plan, t.id
-                LIMIT least(g.free, $1::int)
-                FOR NO KEY UPDATE SKIP LOCKED
-            ) AS d
-            LIMIT least(g.free, $1::int)
-        ) AS q
-    ) AS p
-    WHERE p.slot <= greatest(p.max, 0)
-    LIMIT $1::int
-), taken AS (
-    UPDATE {task} AS t
-    SET state = CASE WHEN p.late THEN 'GONE'::{state} ELSE 'TAKE'::{state} END,
-        pid = CASE WHEN NOT p.late THEN pg_backend_pid() END,
-        start = CASE WHEN NOT p.late THEN greatest(clock_timestamp(), $6::timestamptz) END,
-        stop = CASE WHEN p.late THEN clock_timestamp() END,
-        error = CASE WHEN p.late THEN 'ERROR:  task not active' ELSE t.error END
-    FROM picked AS p
-    WHERE t.id = p.id
-    RETURNING t.id, t.attempt, p.late, p.lane, t.max, t.count, date_part('epoch', t.live) AS live, t.plan
-)
-SELECT coalesce((SELECT sum(seen) FROM groups), 0)::bigint AS seen,
-    coalesce((SELECT sum(seen) FROM groups WHERE used = 0), 0)::bigint AS waiting, i.now,
+), looked AS (
+    TABLE head UNION ALL TABLE tail UNION ALL TABLE first
+{picked}
+{answer}
     (SELECT max(lane) FROM walked HAVING count(lane) >= $3::int) AS walked,
-    CASE WHEN $10::timestamptz IS NULL THEN date_part('epoch', clock_timestamp() - statement_timestamp()) END AS cost,
-    least((SELECT s.plan FROM place AS s), i.now - interval '1 second')::text AS place,
-    CASE WHEN (SELECT s.plan FROM place AS s) <= i.now - interval '1 second' THEN (SELECT s.id FROM place AS s)
-        ELSE -9223372036854775808 END AS place_id,
-    CASE WHEN $10::timestamptz IS NULL THEN (
+    CASE WHEN $11::timestamptz IS NULL THEN date_part('epoch', clock_timestamp() - statement_timestamp()) END AS cost,
+    {place},
+    CASE WHEN $11::timestamptz IS NULL THEN (
         SELECT date_part('epoch', t.plan) - date_part('epoch', clock_timestamp())
         FROM {task} AS t
         WHERE t.state = 'PLAN' AND t.plan > (SELECT now FROM instant)
@@ -154,6 +125,80 @@ SELECT coalesce((SELECT sum(seen) FROM groups), 0)::bigint AS seen,
 FROM instant AS i
 LEFT JOIN taken AS t ON true
 ORDER BY t.plan, t.id;
+
+-- name: glance — the same at the earliest due rows only, where there are more of them than workers: other groups have not
+-- waited as long. $1 to $7 as above
+WITH RECURSIVE instant AS MATERIALIZED (
+    SELECT least($4::timestamptz, clock_timestamp()) AS now
+), held AS MATERIALIZED (
+    SELECT l.lane, count(*) AS used FROM unnest($5::bigint[]) AS l (lane) GROUP BY 1
+), head AS MATERIALIZED (
+    SELECT {lane} AS lane, t."group", coalesce(t.remote, '') AS remote, t.max, t.plan, t.id
+    FROM {task} AS t
+    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant)
+    ORDER BY t.plan, t.id
+    LIMIT $3::int
+), place AS MATERIALIZED (
+    SELECT h.plan, h.id FROM head AS h LIMIT 1
+), hidden AS MATERIALIZED (
+    SELECT true AS walk
+), looked AS (
+    TABLE head
+{picked}
+{answer}
+    NULL::bigint AS walked, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost,
+    {place}, NULL::float8 AS next,
+    t.id, t.attempt, t.late, t.lane, t.max, t.count, t.live
+FROM instant AS i
+LEFT JOIN taken AS t ON true
+ORDER BY t.plan, t.id;
+
+-- name: take_one — the same where not more than one row is due, and it may start: what the other statement has for more
+-- costs it more than the taking does. It answers likewise; where more rows are due than it has taken, that one must look.
+-- $1 the instant or null, $2 the lanes of the slots in use, $3 when this backend started, $4 the keys of the
+-- groups that are held
+WITH instant AS MATERIALIZED (
+    SELECT least($1::timestamptz, clock_timestamp()) AS now
+), due AS MATERIALIZED (
+    SELECT t.id, {lane} AS lane, t.max
+    FROM {task} AS t
+    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant)
+    ORDER BY t.plan, t.id
+    LIMIT 2
+), seen AS MATERIALIZED (
+    SELECT count(*) AS due FROM due
+), one AS MATERIALIZED (
+    SELECT t.id, d.lane
+    FROM due AS d
+    JOIN {task} AS t ON t.id = d.id AND t.state::text = 'PLAN'
+    -- All of it of the row as it is when it is locked: it may have been changed since it was seen.
+    WHERE t.plan <= (SELECT now FROM instant) AND {lane} = d.lane AND t.max = d.max
+        AND (SELECT s.due FROM seen AS s) = 1 AND hashtextextended(t."group", 0) <> ALL ($4::bigint[])
+        AND d.max >= (SELECT count(*) FROM unnest($2::bigint[]) AS l (lane) WHERE l.lane = d.lane)
+        AND (t.repeat <> interval '0' OR t.cron IS NOT NULL
+            OR date_part('epoch', (SELECT now FROM instant)) - date_part('epoch', t.plan) <= date_part('epoch', t.active))
+    FOR NO KEY UPDATE OF t SKIP LOCKED
+), taken AS (
+    UPDATE {task} AS t
+    SET state = 'TAKE', pid = pg_backend_pid(), start = greatest(clock_timestamp(), $3::timestamptz, t.plan)
+    FROM one AS o
+    WHERE t.id = o.id
+    RETURNING t.id, t.attempt, o.lane, t.max, t.count, date_part('epoch', t.live) AS live
+)
+SELECT s.due AS seen, 0::bigint AS waiting, i.now, NULL::bigint AS walked,
+    date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost,
+    (i.now - interval '1 second')::text AS place, -9223372036854775808 AS place_id,
+    (
+        SELECT date_part('epoch', t.plan) - date_part('epoch', clock_timestamp())
+        FROM {task} AS t
+        WHERE t.state = 'PLAN' AND t.plan > (SELECT now FROM instant)
+        ORDER BY t.plan
+        LIMIT 1
+    ) AS next,
+    t.id, t.attempt, false AS late, t.lane, t.max, t.count, t.live
+FROM instant AS i
+CROSS JOIN seen AS s
+LEFT JOIN taken AS t ON true;
 
 -- name: expire — rows that came too late while their group was full, of the due rows after a place in their order.
 -- Answers with how many there were and the place to go on from (null: the end). $1 rows looked at, $2 $3 the plan and
@@ -167,8 +212,9 @@ WITH looked AS MATERIALIZED (
 ), late AS MATERIALIZED (
     SELECT t.id
     FROM looked AS l
-    JOIN {task} AS t ON t.id = l.id AND t.state::text = 'PLAN'
-    WHERE l.max >= 0 AND date_part('epoch', l.repeat) = 0
+    -- When it is locked it must still be what was seen.
+    JOIN {task} AS t ON t.id = l.id AND t.state::text = 'PLAN' AND (t.plan, t.max, t.repeat, t.active) = (l.plan, l.max, l.repeat, l.active)
+    WHERE l.max >= 0 AND date_part('epoch', l.repeat) = 0 AND t.cron IS NULL
         AND date_part('epoch', statement_timestamp()) - date_part('epoch', l.plan) > date_part('epoch', l.active)
     FOR NO KEY UPDATE OF t SKIP LOCKED
 ), gone AS (
@@ -252,13 +298,14 @@ WHERE t.state = 'STOP' AND t.stop IS NULL AND t.pid IS NOT NULL
         WHERE a.pid = t.pid AND (a.backend_start <= t.start OR a.backend_start IS NULL)
     );
 
--- name: rescue — rows whose owner is gone go back to PLAN; a run lost more than $1 times is FAIL. Of those that shared a
--- transaction nobody knows which was its end: the first run of one that may share does not count as lost, and the next
--- is by itself.
+-- name: rescue — rows whose owner is gone go back to PLAN; a run lost more than $1 times is FAIL, unless its row was moved
+-- meanwhile. Of those that shared a transaction nobody knows which was its end: the first run of one that may share does
+-- not count as lost, and the next is by itself.
 -- $2 backends of dead workers, $3 what is known of each one's end, $4 those that a stop killed: their
 -- runs never were, $5 those felled by a crash of the server that was not theirs: no run of theirs counts as lost
 WITH lost AS MATERIALIZED (
-    SELECT t.id, t.state = 'WORK' AND t.pid <> ALL ($4::int[] || $5::int[]) AND NOT ({shares} AND t.attempt = 1) AS ran,
+    SELECT t.id, {moved} AS moved,
+        t.state = 'WORK' AND t.pid <> ALL ($4::int[] || $5::int[]) AND NOT ({shares} AND t.attempt = 1) AS ran,
         CASE WHEN t.error LIKE 'LOST:  %' THEN (length(t.error) - length(replace(t.error, 'LOST:  ', ''))) / 7 ELSE 0 END + 1 AS times,
         coalesce(CASE WHEN t.error LIKE 'LOST:  %' THEN t.error || chr(10) END, '')
             || 'LOST:  run ' || t.attempt || ' of ' || coalesce(t.start, clock_timestamp()) || ': '
@@ -273,17 +320,18 @@ WITH lost AS MATERIALIZED (
     FOR NO KEY UPDATE OF t SKIP LOCKED
 )
 UPDATE {task} AS t
-SET state = CASE WHEN l.ran AND l.times > $1::int THEN 'FAIL'::{state} ELSE 'PLAN'::{state} END,
-    pid = CASE WHEN l.ran AND l.times > $1::int THEN t.pid END,
-    start = CASE WHEN l.ran AND l.times > $1::int THEN t.start END,
-    stop = CASE WHEN l.ran AND l.times > $1::int THEN clock_timestamp() END,
+SET state = CASE WHEN l.ran AND l.times > $1::int AND NOT l.moved THEN 'FAIL'::{state} ELSE 'PLAN'::{state} END,
+    pid = CASE WHEN l.ran AND l.times > $1::int AND NOT l.moved THEN t.pid END,
+    start = CASE WHEN l.ran AND l.times > $1::int AND NOT l.moved THEN t.start END,
+    stop = CASE WHEN l.ran AND l.times > $1::int AND NOT l.moved THEN clock_timestamp() END,
     attempt = t.attempt - CASE WHEN t.state = 'WORK' AND t.pid = ANY ($4::int[]) THEN 1 ELSE 0 END,
     error = CASE
         WHEN NOT l.ran THEN t.error
-        WHEN l.times > $1::int THEN 'ERROR:  run lost ' || l.times || ' times' || chr(10) || l.story || chr(10)
+        WHEN l.times > $1::int AND NOT l.moved THEN 'ERROR:  run lost ' || l.times || ' times' || chr(10) || l.story || chr(10)
             || 'STATEMENT:  ' || replace(t.input, chr(10), chr(10) || chr(9))
         ELSE l.story
     END
 FROM lost AS l
 WHERE t.id = l.id
-RETURNING t.id, l.ran, t.state = 'FAIL' AS failed, l.times, CASE WHEN date_part('epoch', t.repeat) > 0 THEN {copied} END AS copied;
+RETURNING t.id, l.ran, t.state = 'FAIL' AS failed, l.times, date_part('epoch', t.repeat) > 0 OR t.cron IS NOT NULL AS repeated,
+    convert_to(t."group", getdatabaseencoding()), t.attempt;

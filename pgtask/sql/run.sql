@@ -2,10 +2,11 @@
 -- it belongs to this session's run: by its id, and with the state compared as text, which no partial index offers, since
 -- the index of slots, however small, may be full of dead entries. What they have in common stands in words.sql.
 
--- name: begin — the row that the poller took for this worker is ours. $1 when our backend started, $2 id, $3 the
--- poller's backend, $4 attempt, $5 term, $6 the mark of the settings that our session began with
+-- name: begin — the row that the poller took for this worker is ours. $1 when our backend started: nobody who started
+-- later is the row's owner, also after the clock was set back; $2 id, $3 the poller's backend, $4 attempt, $5 term, $6 the
+-- mark of the settings that our session began with
 UPDATE {task} AS t
-{begin}
+{begin}, start = greatest(clock_timestamp(), $1::timestamptz, t.start)
 WHERE t.id = $2 AND t.state::text = 'TAKE' AND t.pid = $3 AND t.attempt = $4
     AND EXISTS (SELECT FROM {master} AS m WHERE m.term = $5) AND $6 = {mark}
 RETURNING {row};
@@ -13,7 +14,7 @@ RETURNING {row};
 -- name: resume — the run of a row that was taken together with others begins by itself. $1 when our backend started,
 -- $2 id, $3 attempt
 UPDATE {task} AS t
-SET start = greatest(clock_timestamp(), $1::timestamptz)
+SET start = greatest(clock_timestamp(), $1::timestamptz, t.start)
 WHERE t.id = $2 AND t.attempt = $3 AND t.state::text = 'WORK' AND t.pid = pg_backend_pid()
 RETURNING {row};
 
@@ -76,7 +77,7 @@ WITH first AS MATERIALIZED (
 WITH due AS MATERIALIZED (
     SELECT t.id, t.max, t.plan, t.batch, {admitted} AS admitted, {shares} AND t.attempt = 0 AS shares
     FROM {task} AS t
-    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {floor} AND {serving}
+    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {shared_floor} AND {serving}
     ORDER BY t.max DESC, t.plan, t.id
     LIMIT $9::int
     FOR NO KEY UPDATE SKIP LOCKED
@@ -95,47 +96,104 @@ WITH due AS MATERIALIZED (
 )
 {together};
 
--- name: finish_all — the ends of runs that share a transaction; divides by zero, and so undoes it, unless each row is
--- still its run's. $1 backend, $2 how many, and of each: $3 id, $4 attempt, $5 state, $6 start, $7 stop (null: now), $8 output,
--- $9 error, $10 code, $11 notice
+-- name: finish_all — the good ends of runs that share a transaction; divides by zero, and so undoes it, unless each row
+-- is still its run's, and none was moved. $1 backend, $2 how many, and of each: $3 id, $4 attempt, $5 state, $6 start,
+-- $7 stop (null: now), $8 output, $9 error, $10 code, $11 notice
 WITH done AS (
     UPDATE {task} AS t
     SET state = r.state::{state}, start = r.start, stop = coalesce(r.stop, clock_timestamp()),
         output = r.output, error = r.error, code = r.code, notice = r.notice
     FROM unnest($3::bigint[], $4::int[], $5::text[], $6::timestamptz[], $7::timestamptz[], $8::text[], $9::text[],
         $10::text[], $11::text[]) AS r (id, attempt, state, start, stop, output, error, code, notice)
-    WHERE t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int
+    WHERE t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int AND t.plan <= t.start
     RETURNING t.id
 )
 SELECT 1 / (count(*) = $2::int)::int FROM done;
 
--- name: remove_all — the same for tasks that said nothing and are to be deleted. $1 backend, $2 how many, and of each:
--- $3 id, $4 attempt
+-- name: remove_all — the same for tasks that said nothing, have not run before, and are to be deleted. $1 backend, $2 how
+-- many, and of each: $3 id, $4 attempt
 WITH done AS (
     DELETE FROM {task} AS t
     USING unnest($3::bigint[], $4::int[]) AS r (id, attempt)
     WHERE t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int
+        AND t.plan <= t.start AND t.attempts IS NULL
     RETURNING t.id
 )
 SELECT 1 / (count(*) = $2::int)::int FROM done;
 
--- name: finish — the run's end; divides by zero, and so undoes the transaction, unless the row is still this run's.
+-- name: finish — the run's good end; divides by zero, and so undoes the transaction, unless the row is still this run's, and
+-- was not moved.
 -- $1 id, $2 attempt, $3 state, $4 output, $5 error, $6 code, $7 notice, $8 backend
 WITH done AS (
     UPDATE {task} AS t
     SET state = $3::{state}, stop = clock_timestamp(), output = $4, error = $5, code = $6, notice = $7
-    WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'WORK' AND t.pid = $8
+    WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'WORK' AND t.pid = $8 AND t.plan <= t.start
     RETURNING t.id
 )
 SELECT 1 / count(*) FROM done;
 
--- name: remove — the same for a task that said nothing and is to be deleted. $1 id, $2 attempt, $3 backend
+-- name: remove — the same for a task that said nothing, has not run before, and is to be deleted. $1 id, $2 attempt,
+-- $3 backend
 WITH done AS (
     DELETE FROM {task} AS t
     WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'WORK' AND t.pid = $3
+        AND t.plan <= t.start AND t.attempts IS NULL
     RETURNING t.id
 )
 SELECT 1 / count(*) FROM done;
+
+-- name: remove_done — the same where the end had to be written first: for the next row of a repeated task, or to see what the
+-- row has behind it. One that has failed before stays. $1 id, $2 attempt, $3 backend
+DELETE FROM {task} AS t
+WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'DONE' AND t.pid = $3
+    AND (t.attempts IS NULL OR NOT jsonb_path_exists(t.attempts, '$[*] ? (@.state != "DONE")'));
+
+-- name: settle — the ends of runs that may not be the last of their rows. One that was moved runs again at its plan, one that
+-- failed after a pause, if the error is worth it and a retry is left: the last note of an earlier run says how many there
+-- were. What passes by itself is always worth it; else the longest word of retry_on that fits the code decides.
+-- Parameters as of finish_all; start null: the row's own; and $12 the plans that the runs began with, which are what is
+-- noted of them; null: not to be retried. Divides by zero as finish_all does; answers with each row's id, whether it runs
+-- again, and how many milliseconds it ran
+WITH run AS MATERIALIZED (
+    SELECT t.id, t.attempts, t.attempt, coalesce(r.plan, t.plan) AS plan, r.plan IS NULL AS last, t.retry, t.retry_on, date_part('epoch', t.backoff) AS backoff, {moved} AS moved,
+        r.state, coalesce(r.start, t.start) AS start, coalesce(r.stop, clock_timestamp()) AS stop,
+        r.output, r.error, r.code, r.notice,
+        CASE WHEN jsonb_typeof(t.attempts -> -1 -> 'retry') = 'number'
+            THEN greatest(0, least((t.attempts -> -1 -> 'retry')::numeric, 2147483646))::int ELSE 0 END AS retries
+    FROM unnest($3::bigint[], $4::int[], $5::text[], $6::timestamptz[], $7::timestamptz[], $8::text[], $9::text[],
+        $10::text[], $11::text[], $12::timestamptz[]) AS r (id, attempt, state, start, stop, output, error, code, notice, plan)
+    JOIN {task} AS t ON t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int
+    FOR NO KEY UPDATE OF t
+), judged AS MATERIALIZED (
+    SELECT r.*, (r.state = 'FAIL' AND r.retries < r.retry AND NOT r.moved AND NOT r.last AND (
+        left(r.code, 2) = '08' OR r.code IN ('40001', '40P01', '55P03', '53300', '57P01', '57P02', '57P03')
+        OR coalesce((
+            SELECT w.word NOT LIKE '!%'
+            FROM regexp_split_to_table(upper(r.retry_on), '[ ,]+') AS w (word)
+            WHERE ltrim(w.word, '!') IN ('*', left(r.code, 2), r.code)
+            ORDER BY length(ltrim(w.word, '!')) DESC, w.word LIKE '!%' DESC
+            LIMIT 1
+        ), false)
+    )) IS TRUE AS retried
+    FROM run AS r
+), done AS (
+    UPDATE {task} AS t
+    SET state = CASE WHEN j.moved OR j.retried THEN 'PLAN'::{state} ELSE j.state::{state} END,
+        plan = CASE WHEN j.retried THEN clock_timestamp() + make_interval(secs =>
+            least(3600, least(3600, j.backoff * 2 ^ least(j.retries, 32)) * (0.8 + 0.4 * random()))) ELSE t.plan END,
+        pid = CASE WHEN NOT (j.moved OR j.retried) THEN t.pid END,
+        start = CASE WHEN NOT (j.moved OR j.retried) THEN j.start END,
+        stop = CASE WHEN NOT (j.moved OR j.retried) THEN j.stop END,
+        attempts = CASE WHEN j.moved OR j.retried THEN
+            {noted}(j.attempts, j.attempt, j.plan, j.start, j.stop, j.state, j.code, j.error, CASE WHEN j.retried THEN j.retries + 1 END)
+            ELSE t.attempts END,
+        output = j.output, error = j.error, code = j.code, notice = j.notice
+    FROM judged AS j
+    WHERE t.id = j.id
+    RETURNING t.id, j.moved OR j.retried AS again,
+        CASE WHEN isfinite(j.start) THEN date_part('epoch', j.stop - j.start) * 1000 END AS ms
+)
+SELECT 1 / (count(*) = $2::int)::int, json_agg(json_build_array(d.id, d.again, d.ms)) FROM done AS d;
 
 -- name: alive — is this backend still there? $1 pid
 SELECT a.pid FROM pg_stat_get_activity($1) AS a;
@@ -159,9 +217,10 @@ FROM unnest($2::bigint[], $3::int[]) AS r (id, attempt)
 WHERE t.id = r.id AND t.attempt = r.attempt AND t.pid = $1::int
     AND (t.state::text = 'WORK' OR t.state::text = 'STOP' AND t.stop IS NULL);
 
--- name: stopped — say when a run that somebody stopped really ended. $1 id, $2 attempt, $3 backend, $4 error
+-- name: stopped — say when a run that somebody stopped really ended, and how, after who stopped it. $1 id, $2 attempt,
+-- $3 backend, $4 error
 UPDATE {task} AS t
-SET stop = clock_timestamp(), error = $4
+SET stop = clock_timestamp(), error = concat_ws(chr(10), t.error, $4::text)
 WHERE t.id = $1 AND t.attempt = $2 AND t.state::text = 'STOP' AND t.pid = $3 AND t.stop IS NULL;
 
 -- name: refused — the next row of a repeated task was refused: say so in the run's own row. $1 id, $2 attempt, $3 error
@@ -173,16 +232,17 @@ WHERE t.id = $1 AND t.attempt = $2;
 SELECT {copied};
 
 -- name: repeat — plan the next row: without drift the first grid moment (first + n x repeat) that is after now and
--- after this plan, in closed form; with drift now + repeat. Nothing beyond what a timestamp can hold. $1 id.
+-- after this plan, in closed form; with drift now + repeat. Nothing beyond what a timestamp can hold, or `until`, and nothing
+-- while the row itself is to run again; the grid is that of its first plan. $1 id.
 -- {columns} are the copied columns, {values} the same of t.
 INSERT INTO {task} (parent, plan, first, {columns})
 WITH run AS MATERIALIZED (
-    SELECT t.id, t.plan, t.first, t.repeat, t.drift, clock_timestamp() AS now,
+    SELECT t.id, coalesce((t.attempts -> 0 ->> 'plan')::timestamptz, t.plan) AS plan, t.first, t.repeat, t.drift, clock_timestamp() AS now,
         (date_part('year', t.repeat) * 12 + date_part('month', t.repeat)) * 2629746
             + date_part('day', t.repeat) * 86400
             + date_part('hour', t.repeat) * 3600 + date_part('minute', t.repeat) * 60 + date_part('second', t.repeat) AS length
     FROM {task} AS t
-    WHERE t.id = $1 AND date_part('epoch', t.repeat) > 0 AND isfinite(t.repeat)
+    WHERE t.id = $1 AND t.state::text IN ('DONE', 'FAIL') AND date_part('epoch', t.repeat) > 0 AND isfinite(t.repeat)
 ), grid AS MATERIALIZED (
     SELECT r.id, r.repeat, r.drift, r.now, r.length,
         -- Greater than now only where the clock was set back.
@@ -218,4 +278,4 @@ WITH run AS MATERIALIZED (
 SELECT c.id, c.plan, c.first, {values}
 FROM coming AS c
 JOIN {task} AS t ON t.id = c.id
-WHERE c.plan IS NOT NULL;
+WHERE c.plan IS NOT NULL AND (c.plan > t.until) IS NOT TRUE;

@@ -60,17 +60,18 @@ SELECT
     pg_catalog.set_config('enable_mergejoin', 'off', true);
 
 -- name: ours_again — the same after RESET ALL, which puts back all but the user and the role: divides by zero where
--- the task has changed these and left them. {settings} are those that a new session has otherwise than we need.
--- $1 the user who logged in, $2 the role that a new session has
+-- the task has changed these and left them. {settings} are those that a new session has otherwise than we need. In one
+-- column: each one is described with every answer. $1 the user who logged in, $2 the role that a new session has
 SELECT
     1 OPERATOR(pg_catalog./) (SESSION_USER::pg_catalog.text OPERATOR(pg_catalog.=) $1::pg_catalog.text
         AND pg_catalog.current_setting('role') OPERATOR(pg_catalog.=) $2::pg_catalog.text)::pg_catalog.int4,
-    pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
-    -- Whatever the server's configuration has been changed to since.
-    pg_catalog.set_config('statement_timeout', '0', true),
-    pg_catalog.set_config('synchronous_commit', CASE
-        WHEN pg_catalog.current_setting('synchronous_commit') OPERATOR(pg_catalog.=) ANY ('{off,local}'::pg_catalog.text[]) THEN 'on'
-        ELSE pg_catalog.current_setting('synchronous_commit') END, true){settings};
+    pg_catalog.num_nulls(
+        pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true),
+        -- Whatever the server's configuration has been changed to since.
+        pg_catalog.set_config('statement_timeout', '0', true),
+        pg_catalog.set_config('synchronous_commit', CASE
+            WHEN pg_catalog.current_setting('synchronous_commit') OPERATOR(pg_catalog.=) ANY ('{off,local}'::pg_catalog.text[]) THEN 'on'
+            ELSE pg_catalog.current_setting('synchronous_commit') END, true){settings});
 
 -- name: turn — the settings of a run that shares its transaction, and its beginning, as text that every DateStyle reads:
 -- divides by zero where the one before has changed the user or the role, or has left what is temporary. $1 id, $2 group,

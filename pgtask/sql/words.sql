@@ -31,39 +31,42 @@ WITH RECURSIVE level (max) AS (
     WHERE a.attrelid = {regclass}::regclass AND a.attnum > 0 AND NOT a.attisdropped
         AND a.attgenerated = '' AND a.attidentity = ''
         AND a.attname <> ALL (ARRAY['id', 'parent', 'plan', 'first', 'start', 'stop', 'pid', 'state', 'attempt',
-            'error', 'code', 'notice', 'output']))
+            'attempts', 'depend', 'error', 'code', 'notice', 'output']))
 
 -- name: shares — may the row run in one transaction with others? Not if it was begun before: it may be what killed the
 -- session of them all
 (t.batch > 1 AND t.atomic AND NOT t.save AND t.remote IS NULL AND t.max >= 0 AND t.repeat = interval '0'
-        AND t.count = 0 AND t.live = interval '0')
+        AND t.cron IS NULL AND t.count = 0 AND t.live = interval '0')
 
 -- name: row — what a worker needs of a row, in the order of Task.read (store.py), and whether it is ours: divides by zero
 -- if a user's trigger has made another's of it, since its end could not be written. On the way the run's own settings
--- are made
-t.id, t.attempt, t."group", t.remote, t.input,
-    CASE WHEN t.timeout = interval '0' THEN 0
-        ELSE greatest(1, least(2147483647, ceil(date_part('epoch', t.timeout) * 1000)))::int END AS timeout_ms,
-    t.max, to_jsonb(t.plan) #>> '{}' AS plan, t."delete", t.save, t.atomic, t.repeat <> interval '0' AS repeated,
-    t.header, t.string, t.delimiter, t.escape, t.quote, t."null",
-    CASE WHEN {shares} AND t.attempt = 1 THEN t.batch ELSE 1 END AS batch,
-    1 / (t.state = 'WORK' AND t.pid = pg_backend_pid())::int,
-    set_config('pg_task.id', t.id::text, false), set_config('pg_task.group', t."group", false),
-    set_config('pg_task.schema', {schema_text}, false), set_config('pg_task.table', {table_text}, false),
-    set_config('application_name', concat_ws(' ', 'pgtask', {schema_text}, {table_text},
-        left(t."group", greatest(0, 53 - length(concat({schema_text}, {table_text}, t.id)))), t.id), false)
+-- are made: each function that a statement names is looked up every time, and each column described
+t.id, t.attempt, t."group", t.remote, t.input, extract(epoch FROM t.timeout) AS timeout, t.max, to_jsonb(t.plan) #>> '{}' AS plan,
+    t."delete", t.save, t.atomic, t.repeat <> interval '0' OR t.cron IS NOT NULL AS repeated, t.header, t.string, t.delimiter, t.escape, t.quote, t."null",
+    t.batch, t.count, t.live <> interval '0' AS aging,
+    1 / (t.state = 'WORK' AND t.pid = pg_backend_pid() AND num_nulls(
+        set_config('pg_task.id', t.id::text, false), set_config('pg_task.group', t."group", false),
+        set_config('pg_task.schema', {schema_text}, false), set_config('pg_task.table', {table_text}, false)) = 0)::int AS ours,
+    set_config('application_name', concat('pgtask ', {schema_text}, ' ', {table_text}, ' ',
+        left(t."group", greatest(0, {room} - length(t.id::text))), ' ', t.id), false) AS name,
+    CASE WHEN t.attempt = 1 AND t.depend IS NULL THEN date_part('epoch', t.start) - date_part('epoch', t.plan) END AS waited
 
--- name: begin — what makes a row ours. $1 when our backend started: nobody who started later is the row's owner, also
--- after the clock was set back
-SET state = 'WORK', pid = pg_backend_pid(), start = greatest(clock_timestamp(), $1::timestamptz), stop = NULL,
-    output = NULL, attempt = least(t.attempt, 2147483646) + 1
+-- name: begin — what makes a row ours
+SET state = 'WORK', pid = pg_backend_pid(), stop = NULL, output = NULL, attempt = least(t.attempt, 2147483646) + 1
+
+-- name: moved — was the plan set anew while the row runs? A run never starts before its plan, whatever becomes of the clock
+((t.plan > t.start) IS TRUE)
 
 -- name: serving — may a worker take a row at all? $6 term; not if its task's snapshot is older than what others took
 current_setting('transaction_isolation') = 'read committed'
         AND EXISTS (SELECT FROM {master} AS m WHERE m.term = $6)
 
 -- name: floor — the least max that a row in our slot may have: the slot's number ($8), and how many others of the group
--- ($7 its key) run; those that share a transaction run one after another
+-- ($7 its key) run. Of those that share a transaction one runs at a time: where they are counted apart, a row is left
+-- to the poller
+greatest($8::int, (SELECT count(*) FROM {task} AS t WHERE t.state IN ('TAKE', 'WORK') AND {lane} = $7::bigint))
+
+-- name: shared_floor — the same, of runs that share a transaction only one
 greatest($8::int, (
             SELECT count(DISTINCT t.pid) FILTER (WHERE t.batch > 1 AND t.state = 'WORK')
                 + count(*) FILTER (WHERE t.batch <= 1 OR t.state = 'TAKE')
@@ -74,12 +77,12 @@ greatest($8::int, (
 t."group" = $2 AND coalesce(t.remote, '') = $3 AND t.plan <= statement_timestamp()
             AND (t.count = 0 OR t.count > $4::int)
             AND (t.live = interval '0' OR date_part('epoch', t.live) > $5::float8)
-            AND (t.repeat <> interval '0'
+            AND (t.repeat <> interval '0' OR t.cron IS NOT NULL
                 OR date_part('epoch', statement_timestamp()) - date_part('epoch', t.plan) <= date_part('epoch', t.active))
 
 -- name: next — how each look for the group's next task ends; cost in seconds
 UPDATE {task} AS t
-{begin}
+{begin}, start = greatest(clock_timestamp(), $1::timestamptz, t.plan)
 FROM first AS f
 WHERE t.id = f.id AND f.admitted
 RETURNING {row}, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
@@ -93,7 +96,79 @@ RETURNING {row}, date_part('epoch', clock_timestamp() - statement_timestamp()) A
     WINDOW line AS (ORDER BY d.max DESC, d.plan, d.id)
 )
 UPDATE {task} AS t
-{begin}
+{begin}, start = greatest(clock_timestamp(), $1::timestamptz, t.plan)
 FROM numbered AS n
 WHERE t.id = n.id AND (n.number = 1 AND n.admitted OR n.shares AND n.number <= n.batch)
 RETURNING {row}, n.number, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
+
+-- name: picked — how each take ends, of the rows that it has `looked` at: the groups with a free slot that nobody holds, the
+-- longest-waiting first; the first due rows of each, which need not be those, where `hidden` has others; and these taken
+), groups AS MATERIALIZED (
+    SELECT d.lane, d."group", d.remote, coalesce(s.used, 0) AS used,
+        greatest(max(d.max), 0)::bigint - coalesce(s.used, 0) + 1 AS free, count(*) AS seen,
+        array_agg(DISTINCT d.max ORDER BY d.max DESC) AS levels
+    FROM looked AS d
+    LEFT JOIN held AS s ON s.lane = d.lane
+    WHERE greatest(d.max, 0) >= coalesce(s.used, 0) AND NOT (d.max < 0 AND d.lane = ANY ($2::bigint[]))
+        AND hashtextextended(d."group", 0) <> ALL ($7::bigint[])
+    GROUP BY 1, 2, 3, 4
+    ORDER BY min(d.plan)
+), picked AS MATERIALIZED (
+    SELECT p.id, p.late, g.lane
+    FROM groups AS g
+    CROSS JOIN LATERAL (
+        {levels}
+        SELECT q.id, q.max, q.late, g.used + row_number() OVER (ORDER BY q.max DESC, q.plan, q.id) - 1 AS slot
+        FROM (
+            SELECT d.id, d.max, d.plan, d.late
+            FROM (
+                SELECT v.max FROM level AS v WHERE (SELECT h.walk FROM hidden AS h)
+                UNION ALL
+                SELECT s.max FROM unnest(g.levels) AS s (max) WHERE NOT (SELECT h.walk FROM hidden AS h)
+            ) AS l
+            CROSS JOIN LATERAL (
+                SELECT t.id, t.max, t.plan, t.max >= 0 AND date_part('epoch', t.repeat) = 0 AND t.cron IS NULL
+                    AND date_part('epoch', (SELECT now FROM instant)) - date_part('epoch', t.plan) > date_part('epoch', t.active) AS late
+                FROM {task} AS t
+                WHERE t.state = 'PLAN' AND {lane} = g.lane AND t.max = l.max
+                    AND t."group" = g."group" AND coalesce(t.remote, '') = g.remote
+                    AND t.plan <= (SELECT now FROM instant)
+                    AND (t.plan, t.id) >= ((SELECT s.plan FROM place AS s), (SELECT s.id FROM place AS s))
+                    AND NOT (t.max < 0 AND g.lane = ANY ($2::bigint[]))
+                ORDER BY t.plan, t.id
+                LIMIT least(g.free, $1::int)
+                FOR NO KEY UPDATE SKIP LOCKED
+            ) AS d
+            LIMIT least(g.free, $1::int)
+        ) AS q
+    ) AS p
+    WHERE p.slot <= greatest(p.max, 0)
+    LIMIT $1::int
+), taken AS (
+    UPDATE {task} AS t
+    SET state = CASE WHEN p.late THEN 'GONE'::{state} ELSE 'TAKE'::{state} END,
+        pid = CASE WHEN NOT p.late THEN pg_backend_pid() END,
+        start = CASE WHEN NOT p.late THEN greatest(clock_timestamp(), $6::timestamptz, t.plan) END,
+        stop = CASE WHEN p.late THEN clock_timestamp() END,
+        error = CASE WHEN p.late THEN 'ERROR:  task not active' ELSE t.error END
+    FROM picked AS p
+    WHERE t.id = p.id
+    RETURNING t.id, t.attempt, p.late, p.lane, t.max, t.count, date_part('epoch', t.live) AS live, t.plan
+)
+
+-- name: answer — what a take answers with first: the due rows seen, the groups of which nothing ran, and the instant
+SELECT coalesce((SELECT sum(seen) FROM groups), 0)::bigint AS seen,
+    (SELECT count(*) FROM groups WHERE used = 0) AS waiting, i.now,
+
+-- name: place — and where the next quick look starts
+least((SELECT s.plan FROM place AS s), i.now - interval '1 second')::text AS place,
+    CASE WHEN (SELECT s.plan FROM place AS s) <= i.now - interval '1 second' THEN (SELECT s.id FROM place AS s)
+        ELSE -9223372036854775808 END AS place_id
+
+-- name: expired — for sweep of history.sql: has the row ended, and longer ago than such rows are kept? One that never ran,
+-- stopped by somebody who may not write when, ended at its plan
+((t.stop IS NOT NULL OR t.state::text = 'STOP' AND t.pid IS NULL)
+    AND (SELECT i.now FROM instant AS i) - date_part('epoch', coalesce(t.stop, t.plan)) > CASE
+        WHEN t.state::text IN ('DONE', 'GONE', 'STOP') THEN $4::float8
+        WHEN t.state::text = 'FAIL' THEN $5::float8
+    END)

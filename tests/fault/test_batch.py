@@ -63,7 +63,7 @@ def test_run_lost_with_others_counts_for_none_and_each_runs_by_itself_the_next_t
     assert [held.database.wait(id)["error"] for id in held.ids] == [None] * 4
     assert held.states() == [("DONE", 2)] * 4
     assert held.did() == [str(id) for id in held.ids]
-    assert len(held.master.logged(r"\bran\b.* together=")) == 0
+    assert len(held.master.logged(r"run_ended .*together=")) == 0
 
 
 def test_row_that_is_locked_when_its_worker_dies_goes_back_when_the_lock_is_gone(held: Held) -> None:
@@ -136,5 +136,5 @@ def test_every_task_runs_once_while_workers_are_killed(
             os.kill(worker, SIGKILL)
             kills += 1
     assert kills > 3
-    assert one.logged(r"\bran\b.* together=")
+    assert one.logged(r"run_ended .*together=")
     ledger.settled()

@@ -51,7 +51,7 @@ def test_serialization_failure_at_the_finish_is_repeated_at_no_attempts_cost(bas
     assert [(row["state"], row["attempt"], row["error"]) for row in rows] == [("DONE", 1, None)] * 2
     # Each saw another sum: they ran one after the other, as far as their results go.
     assert sorted(database.execute("SELECT attempt FROM ledger")) == [(0,), (1,)]
-    runs = [len(base.master.logged(rf"DEBUG.* run id={row['id']} attempt=1\b")) for row in rows]
+    runs = [len(base.master.logged(rf"DEBUG.* run_begun id={row['id']} attempt=1\b")) for row in rows]
     assert sum(runs) >= 3, "there was no conflict at all"
 
 
@@ -66,7 +66,7 @@ def test_deadlock_at_the_end_is_repeated_at_no_attempts_cost(base: Served) -> No
     for id in ids:
         row = database.wait(id)
         assert (row["state"], row["attempt"], row["error"]) == ("DONE", 1, None)
-    runs = [len(base.master.logged(rf"DEBUG.* run id={id} attempt=1\b")) for id in ids]
+    runs = [len(base.master.logged(rf"DEBUG.* run_begun id={id} attempt=1\b")) for id in ids]
     assert sum(runs) >= 3, "there was no deadlock at all"
     assert database.execute("SELECT count(*) FROM late") == [(2,)]
 

@@ -23,7 +23,7 @@ CAPS = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
 AS_NOBODY = ("setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", *CAPS, "--")
 UNPRIVILEGED = AS_NOBODY if os.geteuid() == 0 else ()
 QUIET = 10
-"""Seconds without a refused worker after which the master says that it is over (pgtask/pool.py)."""
+"""Seconds without a refused worker after which the master says that it is over (pgtask/master/pool.py)."""
 
 
 def limit_processes(one: Master, number: int) -> None:

@@ -68,8 +68,8 @@ def frozen_with_a_take_unread(database: Database, ledger: Ledger, one: Master) -
 
 def assert_led_by(one: Master, other: Master) -> None:
     """`ps` and the log say who leads."""
-    eventually(lambda: one.title().startswith("pgtask: master (1 table, ") and "standing by" not in one.title())
-    eventually(lambda: "1 standing by" in other.title())
+    eventually(lambda: one.title().startswith("pgtask: master (1 table leading, "))
+    eventually(lambda: "1 table standing by" in other.title())
     pattern = r"\bleading\b|standing_by"
     eventually(lambda: " leading " in one.logged(pattern)[-1])
     eventually(lambda: f"pid={one.pid}" in other.logged(pattern)[-1])

@@ -84,7 +84,7 @@ def test_role_that_does_not_own_the_table_serves_the_rows_that_it_sees(
 ) -> None:
     master().stop()
     database.execute(ROWS)
-    database.execute(f'GRANT SELECT, INSERT, UPDATE, DELETE ON task, task_master TO "{other}"')
+    database.execute(f'GRANT SELECT, INSERT, UPDATE, DELETE ON task, task_master, task_held, task_report TO "{other}"')
     database.execute(f'GRANT SELECT, INSERT ON ledger TO "{other}"')
     one = master("--no-create", database.server.conninfo(database.name, other), tables=1)
     database.execute("INSERT INTO task (input, delete) VALUES ('SELECT 1', false)")

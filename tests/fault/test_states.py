@@ -192,16 +192,14 @@ COLUMNS = (
     """quote = (0)::"char\"""",
     "\"null\" = ''",
     "data = repeat('x', 100000)",
-    "error = 'of the user'",
-    "output = 'of the user'",
     "remote = 'nowhere'",
     "atomic = false",
     '"group" = DEFAULT',
     "own = 'x'",
 )
-"""What may stand in a new row; but for id, parent, error and output it may also be changed while it is in PLAN."""
+"""What may stand in a new row; but for id and parent it may also be changed while it is in PLAN."""
 
-INSERTED_ONLY = ("id ", "parent ", "error ", "output ")
+INSERTED_ONLY = ("id ", "parent ")
 CHANGES = tuple(column for column in COLUMNS if not column.startswith(INSERTED_ONLY))
 FORGED_ROWS = (
     "state = 'WORK', pid = pg_backend_pid(), start = now()",
@@ -210,6 +208,9 @@ FORGED_ROWS = (
     "pid = 1",
     "attempt = 2147483647",
     "start = '-infinity'",
+    "error = 'of the user'",
+    "output = 'of the user'",
+    "attempts = '[]'",
     "active = '0'",
     "live = '-1 s'",
     "repeat = '-1 s'",
@@ -427,13 +428,20 @@ class Stop:
 
 @dataclass(frozen=True)
 class Again:
-    """A row that has ended is set back to PLAN, perhaps with a new plan."""
+    """A row that has ended is set back to PLAN, perhaps with a new plan; not while its stopped run goes on."""
 
     change: str = ""
     which: int = 0
 
     def do(self, world: World) -> None:
-        world.update("state = 'PLAN'" + self.change, ENDED, self.which)
+        if (id := world.one_of(ENDED, self.which)) is None:
+            return
+        query = f"UPDATE task SET state = 'PLAN'{self.change} WHERE id = %s AND state::text = ANY (%s)"
+        try:
+            world.user.execute(query.encode(), [id, list(ENDED)])
+        except psycopg.errors.InsufficientPrivilege:
+            assert world.user.execute("SELECT state::text FROM task WHERE id = %s", [id]).fetchone() == ("STOP",)
+            world.seen["stop goes on"] += 1
 
 
 @dataclass(frozen=True)

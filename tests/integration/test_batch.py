@@ -36,7 +36,7 @@ class Group:
 
     def shared(self) -> list[int]:
         """How many transactions were shared, by each task that did."""
-        return [int(line.split("together=")[1].split()[0]) for line in self.master.logged(r"\bran\b.* together=")]
+        return [int(line.split("together=")[1].split()[0]) for line in self.master.logged(r"run_ended .*together=")]
 
 
 @pytest.fixture

@@ -57,6 +57,10 @@ CASES = {
     "null": of("\\N", "NULL", "~", "'", "n/a", ""),
     "atomic": flag("true"),
     "batch": of("1", "2", "3", "4", "5", "50"),
+    "retry": of("0", "1", "2", "3", "4", "5"),
+    "backoff": of("00:00:01", "00:00:02", "00:00:03", "00:00:04", "00:00:05", "00:00:06"),
+    "retry_on": of("* !0A !42", "*", "22", "40 55P03", "P0001", "!23 *"),
+    "missed": of("once", "skip", "all", "once", "skip", "all"),
 }
 
 
@@ -132,8 +136,8 @@ def test_parent_is_the_task_that_inserts(database: Database) -> None:
         ("timeout", "soon", 'interval: "soon"'),
         ("count", "many", 'integer: "many"'),
         ("delete", "maybe", 'boolean: "maybe"'),
-        ("count", "-1", "task_count_check"),
-        ("active", "0", "task_active_check"),
+        ("count", "-1", "count cannot be -1: the rule is count >= 0"),
+        ("active", "0", "active cannot be 00:00:00: the rule is active > interval '0'"),
         ("max", "99999999999", '"99999999999" is out of range'),
     ],
 )
@@ -161,6 +165,8 @@ def test_owner_that_is_no_superuser_may_be_granted_to_set_defaults_of_his_role(d
 def test_only_the_changed_configuration_rewrites_the_defaults(database: Database) -> None:
     install(database)
     assert install(database, defaults={"timeout": "5 s"}) == [
+        "create function public.task_async()",
+        "let nobody else call task_async",
         "set the columns' defaults",
         "note which defaults the table has",
     ]

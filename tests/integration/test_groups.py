@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from itertools import pairwise
+from threading import Thread
 from typing import Any
 
 import pytest
-from psycopg import sql
+from psycopg import RawCursor, sql
 
+from pgtask.objects import Names
+from tests.fixtures.catalog import install
 from tests.fixtures.database import Database
 from tests.fixtures.locks import WAIT, falls_asleep, held, waiting
 from tests.fixtures.master import Master
@@ -176,7 +179,6 @@ def test_max_is_no_priority_between_groups(serve: Callable[..., Database]) -> No
         database.wait(blocker, "WORK")
         [old] = insert(database, 1, "SELECT 1", group="old", plan=ago(1, "min"))
         [new] = insert(database, 1, "SELECT 1", group="new", max=100)
-        falls_asleep(database)
     assert order(done(database, [old, new])) == [old, new]
 
 
@@ -318,8 +320,48 @@ def test_many_due_groups_are_served_in_the_order_of_their_waiting(serve: Callabl
         [blocker] = insert(database, 1, WAIT, group="blocker")
         database.wait(blocker, "WORK")
         ids = [insert(database, 1, "SELECT 1", group=f"g{n}", plan=ago(50 - n, "s"))[0] for n in range(50)]
-        falls_asleep(database)
     assert order(done(database, ids)) == ids
+
+
+def test_glance_at_the_earliest_rows_takes_the_greatest_max_of_their_groups(database: Database) -> None:
+    install(database)
+    insert(database, 20, "SELECT 1", group="g", plan=ago(1, "h"))
+    [greatest] = insert(database, 1, "SELECT 1", group="g", max=1)
+    glance = Names(schema="public", table="task").store().text("glance").encode()
+    [row] = RawCursor(database.connect()).execute(glance, [1, [], 10, None, [], "2000-01-01", []]).fetchall()
+    assert row[8] == greatest
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["plan = '2100-01-01'", "\"group\" = 'other'", "max = -5", "remote = 'dbname=other'"],
+    ids=["plan", "group", "max", "remote"],
+)
+def test_row_that_changes_while_it_is_seen_is_not_taken_as_it_was(database: Database, change: str) -> None:
+    """The statement has its snapshot when the change commits: what it then locks is not what it saw."""
+    install(database)
+    [id] = insert(database, 1, "SELECT 1", group="g")
+    database.execute(
+        """CREATE FUNCTION pauses() RETURNS timestamptz LANGUAGE sql AS
+        'SELECT clock_timestamp() FROM (SELECT pg_advisory_xact_lock(42)) AS paused'"""
+    )
+    text = Names(schema="public", table="task").store().text("take_one")
+    # It waits after it has seen the due row, and before it locks it.
+    seen = "SELECT count(*) AS due FROM due"
+    assert seen in text
+    paused = text.replace(seen, "SELECT count(*) + 0 * count((SELECT public.pauses())) AS due FROM due")
+    answer: list[Any] = []
+    with database.connect() as holder, database.connect() as taker:
+        holder.execute("SELECT pg_advisory_lock(42)")
+        parameters = [None, [], "2000-01-01", []]
+        thread = Thread(target=lambda: answer.extend(RawCursor(taker).execute(paused.encode(), parameters).fetchall()))
+        thread.start()
+        eventually(lambda: waiting(database))
+        database.execute(f"UPDATE task SET {change} WHERE id = %s", [id])
+        holder.execute("SELECT pg_advisory_unlock(42)")
+        thread.join()
+    assert [row[8] for row in answer] == [None]
+    assert database.tasks()[0]["state"] == "PLAN"
 
 
 def test_plan_order_holds_within_a_backlog(serve: Callable[..., Database]) -> None:

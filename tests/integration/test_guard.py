@@ -39,7 +39,7 @@ def a_task(base: Served, state: str) -> int:
     plan = "now" if state in ("DONE", "FAIL") else "9999-01-01"
     input = {"FAIL": "SELECT 1/0"}.get(state, "SELECT 1")
     id = base.database.insert(input, plan=plan, delete=False)
-    if state in ("STOP", "GONE"):
+    if state in ("STOP", "GONE", "WAIT"):
         base.database.execute("UPDATE task SET state = %s WHERE id = %s", [state, id])
     return base.database.wait(id, state)["id"]
 
@@ -63,6 +63,7 @@ def a_task(base: Served, state: str) -> int:
         "error = 'forged'",
         "code = 'forge'",
         "notice = 'forged'",
+        "error = 'ERROR:  task stopped by ' || session_user, code = '57014'",
     ],
 )
 def test_what_only_the_scheduler_writes_is_refused(
@@ -97,6 +98,7 @@ def test_what_only_the_scheduler_writes_is_refused(
         ),
         ("PLAN", "state = 'STOP'"),
         ("WORK", "state = 'STOP'"),
+        ("WAIT", "state = 'STOP'"),
         ("DONE", "state = 'PLAN', plan = '9999-01-01'"),
         ("FAIL", "state = 'PLAN', plan = '9999-01-01'"),
         ("GONE", "state = 'PLAN', plan = '9999-01-01'"),
@@ -125,6 +127,46 @@ def test_running_row_cannot_be_turned_into_another_task(
     base.database.execute("DELETE FROM task WHERE id = %s", [id])
 
 
+def test_plan_of_a_running_row_that_has_a_key_may_be_set_and_nothing_else(
+    base: Served, user: psycopg.Connection[Any]
+) -> None:
+    id = a_task(base, "WORK")
+    base.database.execute("UPDATE task SET key = 'guarded' WHERE id = %s", [id])
+    assert user.execute("UPDATE task SET plan = '9999-01-01' WHERE id = %s", [id]).rowcount == 1
+    user.execute("UPDATE task SET plan = '1999-01-01' WHERE id = %s", [id])
+    row = base.database.task(id)
+    assert row is not None
+    assert row["plan"] > row["start"]
+    for change in ("plan = now(), input = 'SELECT 2'", "plan = now(), pid = NULL", "attempts = '[]'"):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            user.execute(f"UPDATE task SET {change} WHERE id = %s".encode(), [id])
+    base.database.execute("DELETE FROM task WHERE id = %s", [id])
+
+
+@pytest.mark.parametrize("state", ["DONE", "FAIL", "STOP", "GONE"])
+def test_user_puts_an_ended_task_back_with_a_note_and_no_other(
+    base: Served, user: psycopg.Connection[Any], state: str
+) -> None:
+    id = a_task(base, state)
+    before = base.database.task(id)
+    for change in (
+        "attempts = '[]'",
+        "attempts = '[]', state = 'PLAN'",
+        "attempts = NULL, state = 'PLAN', pid = NULL, start = NULL",
+        "attempts = '[{\"state\": \"DONE\"}]', state = 'PLAN', pid = NULL, start = NULL, stop = NULL",
+    ):
+        if state in ("STOP", "GONE") and "NULL" in change and "{" not in change:
+            continue  # they are null already
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            user.execute(f"UPDATE task SET {change} WHERE id = %s".encode(), [id])
+    assert base.database.task(id) == before
+    with user.transaction(force_rollback=True):
+        assert user.execute("SELECT task_retry(%s)", [id]).fetchone() == (True,)
+        [(attempts, *rest)] = user.execute("SELECT attempts, pid, start, stop FROM task WHERE id = %s", [id]).fetchall()
+        assert ([note["state"] for note in attempts], rest) == ([state], [None, None, None])
+    base.database.execute("DELETE FROM task WHERE id = %s", [id])
+
+
 def test_running_row_cannot_be_set_back_to_plan(base: Served, user: psycopg.Connection[Any]) -> None:
     id = a_task(base, "WORK")
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
@@ -143,7 +185,8 @@ def test_stop_by_a_user_cancels_the_run(base: Served, user: psycopg.Connection[A
     assert base.then_next("SELECT 1", group="guarded")["state"] == "DONE"
     row = base.database.task(id)
     assert row is not None
-    assert row["error"].startswith("ERROR:  canceling statement due to user request")
+    stopped = f"ERROR:  task stopped by {base.database.name}_user\nERROR:  canceling statement due to user request\n"
+    assert row["error"].startswith(stopped)
 
 
 @pytest.mark.parametrize(

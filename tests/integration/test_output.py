@@ -1,15 +1,19 @@
 """Results and errors of real tasks, character for character."""
 
 import contextlib
+import os
 import secrets
 from collections.abc import Callable, Iterator
+from signal import SIGKILL
 from typing import Any
 
 import psycopg
 import pytest
 
 from tests.fixtures.database import Database, create, drop
+from tests.fixtures.locks import WAIT, held, wait_runs
 from tests.fixtures.master import Master
+from tests.fixtures.monitor import Monitor
 from tests.fixtures.server import AnyServer
 
 Run = Callable[..., dict[str, Any]]
@@ -408,4 +412,27 @@ def test_sql_ascii_database_keeps_every_byte(server: AnyServer, master: Callable
         assert text(bad, "error") == (
             b"ERROR:  column \"nope\" does not exist at character 13\nSTATEMENT:  SELECT '\xff', nope"
         )
+        one.stop()
+
+
+@pytest.mark.parametrize(("encoding", "group"), [("SQL_ASCII", r"\xff"), ("WIN1252", r"\x81")])
+def test_group_that_is_no_text_in_utf8_is_rescued_and_counted_like_any_other(
+    server: AnyServer, master: Callable[..., Master], encoding: str, group: str
+) -> None:
+    monitor = Monitor()
+    with encoded_database(server, encoding) as database:
+        one = master("--listen", monitor.listen, "--crashes", "0", database.conninfo)
+        one.may_log_errors = True  # of the worker that is killed
+        one.wait_log("monitor_listening")
+        session = database.connect(client_encoding=encoding)
+        with held(database):
+            session.execute(f"INSERT INTO task (input, \"group\") VALUES ('{WAIT}', E'{group}')".encode())
+            wait_runs(database)
+            monitor.wait_value("pgtask_group_slots_in_use", 1, "\ufffd")
+            [worker] = one.workers()
+            os.kill(worker, SIGKILL)
+            [line] = one.wait_log(" task_failed ")
+            assert "group=\ufffd " in line
+        assert session.execute("SELECT state::text FROM task").fetchall() in ([("FAIL",)], [(b"FAIL",)])
+        assert not one.logged("table_down")
         one.stop()

@@ -38,6 +38,8 @@ BALLAST = {
 BEGINNING = ("-infinity", -(2**63))
 STATEMENTS = (
     "take",
+    "take_one",
+    "glance",
     "next",
     "next_below",
     "next_batch",
@@ -52,6 +54,7 @@ STATEMENTS = (
     "back",
     "finish",
     "finish_all",
+    "settle",
     "remove_all",
 )
 QUICK = ("take", "next_after", "next_batch_after", "expire", "owned", "owners", "finish_all", "back")
@@ -77,10 +80,11 @@ class Table:
         database.execute("UPDATE task_master SET term = 1")
         database.execute(INSERT + "VALUES (now(), 'full', 0, 'SELECT 1', 'WORK')")
         database.execute(INSERT + "SELECT now(), 'run', 0, 'SELECT 1', 'WORK' FROM generate_series(1, 10)")
-        database.execute("UPDATE task SET pid = 1, attempt = 1, batch = 50")
+        database.execute("UPDATE task SET start = now(), pid = 1, attempt = 1, batch = 50")
         self.runs = database.execute("SELECT array_agg(id), array_agg(attempt) FROM task WHERE \"group\" = 'run'")[0]
         database.execute(
-            INSERT + "SELECT now(), 'g' || mod(n, 10), 0, 'SELECT 1', 'PLAN' FROM generate_series(1, 50) AS n"
+            INSERT + "SELECT now() - n * interval '1 us', 'g' || mod(n, 10), 0, 'SELECT 1', 'PLAN'"
+            " FROM generate_series(1, 50) AS n"
         )
         for number, query in enumerate(TRIGGERED.values()):
             body = f"UPDATE task SET state = 'DONE' WHERE id = 1; {query}; SELECT 1"
@@ -98,9 +102,12 @@ class Table:
         [(full,), (g1,)] = self.database.execute(query)
         query = "SELECT max, plan, id FROM task WHERE state = 'PLAN' AND plan <= now() ORDER BY plan, id LIMIT 1"
         [(max, *place)] = self.database.execute(query)
+        since = (*place, "now") if quick else (*BEGINNING, None)
         who = ("-infinity", "g1", "", 0, 0.0, 1, g1, 0)
         known: dict[str, tuple[Any, ...]] = {
-            "take": (10, [], 200, None, [full], "-infinity", None, *((*place, "now") if quick else (*BEGINNING, None))),
+            "take": (10, [], 200, None, [full], "-infinity", [], None, *since),
+            "glance": (1, [], 20, None, [full], "-infinity", []),
+            "take_one": (place[0], [full], "-infinity", []),  # the moment when the first was due, and no other
             "next": who,
             "next_below": who,
             "next_batch": (*who, 50),
@@ -116,6 +123,13 @@ class Table:
             "back": (1, *self.runs),
             "finish": (self.runs[0][0], 1, "DONE", "1", None, None, None, 1),
             "finish_all": (1, 10, *self.runs, ["DONE"] * 10, *([now] * 10 for now in ("now", "now", "1", "", "", ""))),
+            "settle": (
+                1,
+                10,
+                *self.runs,
+                ["FAIL"] * 10,
+                *([now] * 10 for now in ("now", "now", "1", "", "40001", "", "now")),
+            ),
             "remove_all": (1, 10, *self.runs),
             "owners": ([1],),
         }

@@ -51,6 +51,7 @@ class Table:
         cursor.execute(f"SET TimeZone = '{zone}'".encode())
         cursor.execute(b"SET search_path TO pg_catalog, pg_temp")
         copied = cursor.execute(self.store.text("copied").encode()).fetchall()[0][0]
+        cursor.execute(b"UPDATE public.task SET state = 'DONE' WHERE id = $1", [id])
         cursor.execute(self.store.repeat(copied).encode(), [id])
         rows = self.database.execute("SELECT id FROM task WHERE parent = %s", [id])
         assert len(rows) == cursor.rowcount <= 1

@@ -3,25 +3,25 @@
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import errors
 
-from pgtask import objects
-from pgtask.objects import FUNCTIONS, Names
+from pgtask import objects, settings
+from pgtask.objects import ROUTINES, Names
 from pgtask.schema import Refused
 from tests.fixtures.catalog import install
 from tests.fixtures.database import Database
+from tests.fixtures.docs import ROOT
 from tests.fixtures.master import Master
 from tests.fixtures.served import Served, served
 from tests.fixtures.server import AnyServer
 from tests.fixtures.wait import eventually
 
-README = Path(__file__).resolve().parent.parent.parent / "README.md"
-[USAGE, WHOLE, NARROW] = re.findall(r"^GRANT .*TO app;$", README.read_text("utf-8"), re.MULTILINE)
+PAGE = ROOT / "docs/how-to/security.md"
+[USAGE, WHOLE, NARROW] = re.findall(r"^GRANT .*TO app;$", PAGE.read_text("utf-8"), re.MULTILINE)
 """The rights of an inserter, as they are told."""
 
 END_MASTERS_SESSION = """
@@ -158,13 +158,15 @@ def test_check_of_the_owner_forbids_remote_tasks(base: Served, inserter: psycopg
 def test_trigger_functions_have_the_rights_of_their_caller_and_cannot_be_called(
     base: Served, maker: psycopg.Connection[Any]
 ) -> None:
-    query = (
-        "SELECT proname, prosecdef FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND proname LIKE 'task%'"
-    )
-    assert sorted(base.database.execute(query)) == sorted((f"task_{suffix}", False) for suffix in FUNCTIONS)
-    for suffix in FUNCTIONS:
+    query = """SELECT proname::text, oidvectortypes(proargtypes), prosecdef, prorettype = 'trigger'::regtype
+        FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND proname LIKE 'task%'"""
+    found = base.database.execute(query)
+    assert {row[:2] for row in found} == {(f"task_{one.suffix}", one.types) for one in ROUTINES}
+    private = {f"task_{one.suffix}" for one in ROUTINES if one.private}
+    assert {name for name, _, definer, _ in found if definer} == private, "whose rights it has only some may use"
+    for name in {name for name, *_, trigger in found if trigger} - private:
         with pytest.raises(errors.FeatureNotSupported):
-            maker.execute(f"SELECT task_{suffix}()".encode())
+            maker.execute(f"SELECT {name}()".encode())
 
 
 def test_trigger_functions_on_a_table_of_anothers_reach_that_table_only(
@@ -177,7 +179,10 @@ def test_trigger_functions_on_a_table_of_anothers_reach_that_table_only(
     ear.execute(f"LISTEN pgtask_{ours}".encode())
     maker.execute("CREATE TABLE mine (id bigint, state state DEFAULT 'WORK', pid int) PARTITION BY LIST (id)")
     maker.execute("CREATE TABLE mine_too PARTITION OF mine DEFAULT")
-    for event, suffix in [("INSERT", "wake"), ("DELETE", "stop"), ("UPDATE", "guard")]:
+    for name in ("enter", "stop"):  # they have the rights of their owner
+        with pytest.raises(errors.InsufficientPrivilege):
+            maker.execute(f"CREATE TRIGGER x AFTER DELETE ON mine FOR EACH ROW EXECUTE FUNCTION task_{name}()".encode())
+    for event, suffix in [("INSERT", "wake"), ("UPDATE", "guard")]:
         for table in ("mine", "mine_too"):
             timing = "BEFORE" if suffix == "guard" else "AFTER"
             maker.execute(
@@ -203,19 +208,21 @@ def planted(what: str) -> list[str]:
     if what == "state":
         return [objects.type_(NAMES), f"GRANT USAGE ON TYPE {NAMES.state} TO PUBLIC"]
     if what == "master":
-        return [objects.master_table(NAMES), f"GRANT ALL ON {NAMES.quoted(NAMES.master)} TO PUBLIC"]
+        return [objects.side(objects.MASTER, NAMES), f"GRANT ALL ON {NAMES.quoted(NAMES.master)} TO PUBLIC"]
     if what == "view":
-        columns = ", ".join(f"trap() AS {column}" for column in objects.MASTER_COLUMNS)
+        columns = ", ".join(f"trap() AS {column}" for column in objects.MASTER.columns)
         return [
             "CREATE TABLE seen (who text); GRANT ALL ON seen TO PUBLIC",
             "CREATE FUNCTION trap() RETURNS text LANGUAGE sql AS 'INSERT INTO public.seen VALUES (user) RETURNING who'",
             f"CREATE VIEW {NAMES.quoted(NAMES.master)} AS SELECT {columns}",
             f"GRANT ALL ON {NAMES.quoted(NAMES.master)} TO PUBLIC",
         ]
-    return [objects.function(what, NAMES)]
+    defaults = {name: one.sql_default for name, one in settings.by_name("task").items()}
+    [text] = [objects.routine(one, NAMES, defaults) for one in ROUTINES if one.name == what]
+    return ["CREATE TABLE mine ()", text.replace(NAMES.task, "public.mine")]  # one has a variable for the table's row
 
 
-@pytest.mark.parametrize("what", ["state", "master", "view", *FUNCTIONS])
+@pytest.mark.parametrize("what", ["state", "master", "view", *(one.name for one in ROUTINES)])
 def test_object_that_a_stranger_has_laid_out_is_refused(
     database: Database, mallory: psycopg.Connection[Any], what: str
 ) -> None:
@@ -236,7 +243,8 @@ def test_object_that_a_stranger_has_laid_out_is_refused(
 def test_stranger_who_joins_our_role_to_his_own_is_refused_nonetheless(
     database: Database, mallory: psycopg.Connection[Any]
 ) -> None:
-    mallory.execute(planted("wake")[0].encode())
+    for statement in planted("wake_function"):
+        mallory.execute(statement.encode())
     database.admin_execute(f'GRANT "{mallory.info.user}" TO "{database.user}"')
     with pytest.raises(Refused):
         install(database)
@@ -246,7 +254,7 @@ def test_table_of_somebody_else_is_served_with_a_warning(
     database: Database, master: Callable[..., Master], mallory: psycopg.Connection[Any]
 ) -> None:
     install(database, conninfo=database.server.conninfo(database.name, mallory.info.user))
-    mallory.execute(f'GRANT ALL ON task, task_master TO "{database.user}"'.encode())
+    mallory.execute(f'GRANT ALL ON task, task_master, task_held, task_report TO "{database.user}"'.encode())
     one = master()
     [line] = one.wait_log("table_of_another")
     assert f"owner={mallory.info.user}" in line
@@ -295,3 +303,24 @@ def test_master_of_a_plain_role_has_nothing_to_warn_of_unless_it_is_root(base: S
     base.run("SELECT 1")
     assert len(base.master.logged("WARNING .*running_as_root")) == (os.geteuid() == 0)
     assert not base.master.logged("connected_as_superuser|table_of_another|lock_held_by_another")
+
+
+def test_types_of_a_users_own_do_not_run_with_the_owners_rights(database: Database) -> None:
+    """A function of the owner's that named a type without its schema would take the caller's temporary one."""
+    install(database)
+    database.insert("SELECT 1", plan="infinity")
+    role = f"{database.user}_deletes"
+    database.admin_execute(f'CREATE ROLE "{role}" LOGIN; CREATE TABLE seen (who text); GRANT ALL ON seen TO PUBLIC')
+    database.execute(f'GRANT SELECT, DELETE ON task TO "{role}"')
+    with psycopg.connect(database.server.conninfo(database.name, role), autocommit=True) as session:
+        session.execute(
+            """CREATE FUNCTION pg_temp.trap(pg_catalog.text) RETURNS bool LANGUAGE plpgsql AS
+                $$BEGIN INSERT INTO public.seen VALUES (current_user); RETURN true; END$$"""
+        )
+        for name in ("text", "bool", "int8", "oid"):
+            session.execute(
+                f"CREATE DOMAIN pg_temp.{name} AS pg_catalog.text CHECK (pg_temp.trap(VALUE::pg_catalog.text))".encode()
+            )
+        assert session.execute("DELETE FROM public.task").rowcount == 1
+    assert database.admin_execute("SELECT count(*) FROM seen") == [(0,)]
+    database.admin_execute(f'DROP OWNED BY "{role}"; DROP ROLE "{role}"')

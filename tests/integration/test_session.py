@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from pgtask.session import SYNC, Session, SessionLost, StatementFailed, Step
+from pgtask.worker.session import SYNC, Session, SessionLost, StatementFailed, Step
 from tests.fixtures.database import Database
 from tests.fixtures.proxy import Proxy
 

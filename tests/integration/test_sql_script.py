@@ -9,11 +9,13 @@ from pathlib import Path
 import psycopg
 import pytest
 from psycopg import sql
+from psycopg.conninfo import make_conninfo
 
 from pgtask.schema import Refused
 from tests.fixtures.catalog import install, snapshot
 from tests.fixtures.database import Database
 from tests.fixtures.master import ROOT, Master
+from tests.unit.test_cli import USER, refused
 
 PGTASK = "from pgtask.cli import user; user()"
 
@@ -113,7 +115,7 @@ def test_create_switched_off_changes_nothing_and_says_what_is_missing(database: 
     assert database.execute("SELECT to_regclass('task')::text, to_regtype('state')::text") == [(None, None)]
     install(database)
     database.execute("ALTER TABLE task ALTER COLUMN timeout DROP DEFAULT")
-    with pytest.raises(Refused, match="the default of timeout"):
+    with pytest.raises(Refused, match=r"the default of timeout.* apply what pgtask sql --upgrade prints"):
         install(database, create=False)
 
 
@@ -141,6 +143,16 @@ def test_right_that_the_master_lacks_is_said_by_check_too(database: Database, pl
     assert (status, f"user {plain} may not alter public.task, which is not its own" in said) == (2, True), said
 
 
+def test_right_to_a_small_table_that_the_master_lacks_is_said_with_what_grants_it(
+    database: Database, plain: str
+) -> None:
+    apply(database, pgtask_sql("--grant", plain))
+    apply(database, f'REVOKE UPDATE ON task_held FROM "{plain}"')
+    status, said = check(as_role(database, plain))
+    assert status == 2
+    assert "permission denied for table task_held; the rights it needs are at the end of: pgtask sql" in said
+
+
 def test_create_switched_off_leaves_the_master_waiting_for_the_dba(
     database: Database, master: Callable[..., Master]
 ) -> None:
@@ -150,6 +162,82 @@ def test_create_switched_off_leaves_the_master_waiting_for_the_dba(
     apply(database, pgtask_sql("--owner", database.user))
     one.wait_log("leading")
     assert database.wait(database.insert("SELECT 1"))["state"] == "DONE"
+
+
+def test_script_for_a_table_that_nobody_wakes(database: Database) -> None:
+    wake = {**os.environ, "PGTASK_WAKE": "false"}
+    command = [sys.executable, "-c", PGTASK, "sql", "--owner", database.user]
+    apply(database, subprocess.run(command, cwd=ROOT, env=wake, check=True, capture_output=True, text=True).stdout)
+    assert install(database, create=False, wake=False) == []
+
+
+# --upgrade
+
+OLD = """
+    CREATE TYPE state AS ENUM ('PLAN', 'GONE', 'TAKE', 'WORK', 'DONE', 'FAIL', 'STOP');
+    CREATE TABLE task (id bigserial PRIMARY KEY, plan timestamptz NOT NULL DEFAULT now(), mine text,
+        state state NOT NULL DEFAULT 'PLAN', input text NOT NULL, null_ text);
+    CREATE INDEX task_input_idx ON task (input);
+    INSERT INTO task (input) VALUES ('SELECT 7')"""
+
+
+def test_upgrade_brings_the_table_to_what_a_master_makes_of_it(
+    database: Database, new_database: Callable[..., Database]
+) -> None:
+    other = new_database()
+    for one in (database, other):
+        one.execute(OLD)
+    script = pgtask_sql("--upgrade", "-d", database.admin)
+    assert database.execute("SELECT count(*)::int FROM pg_attribute WHERE attrelid = 'task'::regclass") == [(12,)]
+    apply(database, script)
+    install(other)
+    assert snapshot(database) == snapshot(other)
+    assert install(database, create=False) == []
+    assert pgtask_sql("--upgrade", "-d", database.admin) == "-- Task table public.task is as it should be.\n"
+
+
+KEPT = ("relations", "indexes", "triggers", "functions", "labels")
+"""What is the same again when a column has been dropped and added; its place is another."""
+
+
+def test_upgrade_mends_only_what_is_wrong_and_gives_it_to_the_owner(
+    database: Database, new_database: Callable[..., Database]
+) -> None:
+    other = new_database()
+    for one in (database, other):
+        install(one)
+    database.execute("DROP TABLE task_report; DROP TRIGGER pgtask_wake ON task; DROP FUNCTION task_hold(text)")
+    database.execute("DROP INDEX task_due; ALTER TABLE task DROP COLUMN notice, ALTER COLUMN timeout DROP DEFAULT")
+    script = pgtask_sql("--upgrade", "-d", database.admin)
+    assert "task_lane" not in script and "CREATE TYPE" not in script
+    apply(database, script)
+    mended, new = snapshot(database), snapshot(other)
+    assert {kind: mended[kind] for kind in KEPT} == {kind: new[kind] for kind in KEPT}
+    assert install(database, create=False) == []
+    owner = "SELECT relowner::regrole::text FROM pg_class WHERE relname = 'task_report'"
+    owners = "SELECT DISTINCT proowner::regrole::text FROM pg_proc WHERE proname LIKE 'task%'"
+    assert database.execute(f"{owner} UNION {owners}") == database.execute("SELECT quote_ident(current_user)")
+
+
+def test_upgrade_brings_other_defaults_and_rights(database: Database, plain: str, tmp_path: Path) -> None:
+    install(database)
+    file = tmp_path / "pgtask.toml"
+    file.write_text('[defaults]\ntimeout = "7 s"\n', "utf-8")
+    apply(database, pgtask_sql("--upgrade", "--config", str(file), "-d", database.admin, "--grant", plain))
+    assert install(database, create=False, defaults={"timeout": "7 s"}) == []
+    assert install(database, create=False, defaults={"timeout": "7 s"}, conninfo=as_role(database, plain)) == []
+    assert "as it should be" in pgtask_sql("--upgrade", "-d", database.admin)
+
+
+def test_upgrade_of_what_is_not_there_or_cannot_be_upgraded_is_refused(database: Database) -> None:
+    assert "there is no table public.task; without --upgrade" in refused_sql("-d", database.conninfo)
+    assert "public.task: connection " in refused_sql("-d", make_conninfo(database.conninfo, port=1, password="hush"))
+    database.execute("CREATE TABLE task (output int)")
+    assert "column output of public.task has type integer" in refused_sql("-d", database.conninfo)
+
+
+def refused_sql(*arguments: str) -> str:
+    return refused(*USER, "sql", "--upgrade", *arguments)
 
 
 # --check

@@ -46,7 +46,9 @@ def test_stop_cancels_the_running_statement_at_once_and_undoes_the_work(base: Se
     assert row is not None
     assert (row["state"], row["attempt"], row["output"], effects(base, mark)) == ("STOP", 1, None, 0)
     assert row["stop"] > row["start"]
-    assert row["error"].startswith("ERROR:  canceling statement due to user request\n")
+    first, rest = row["error"].split("\n", 1)
+    assert first == f"ERROR:  task stopped by {base.database.user}"
+    assert rest.startswith("ERROR:  canceling statement due to user request\n")
 
 
 @pytest.mark.parametrize("atomic", [True, False])

@@ -142,3 +142,10 @@ def test_deferred_work_at_the_end_is_bounded_too(base: Served) -> None:
 def running(base: Served, text: str) -> bool:
     query = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND state = 'active'"
     return bool(base.database.execute(f"{query} AND pid <> pg_backend_pid() AND strpos(query, %s) > 0", [text]))
+
+
+def test_timeout_is_whole_whatever_a_saved_session_has_set(base: Served) -> None:
+    common = {"group": "digits", "save": True, "delete": False}
+    base.database.wait(base.database.insert("SET extra_float_digits = -15", **common))
+    row = base.database.wait(base.database.insert("SHOW statement_timeout", timeout="1499 ms", **common))
+    assert row["output"] == "1499ms"

@@ -139,6 +139,20 @@ def test_repeated_task_that_is_lost_too_often_goes_on_with_its_next_row(
     eventually(lambda: [r["state"] for r in database.tasks(f"parent = {id}")] == ["PLAN"])
 
 
+def test_next_row_that_is_refused_after_lost_runs_costs_the_master_nothing_but_a_line(
+    database: Database, master: Callable[..., Master]
+) -> None:
+    one = master("--crashes", "0", database.conninfo, tables=1)
+    one.may_log_errors = True
+    database.execute("ALTER TABLE task ADD CONSTRAINT mine CHECK (parent IS NULL)")
+    id = database.insert("SELECT pg_terminate_backend(pg_backend_pid())", repeat="1 day", delete=False)
+    assert database.wait(id)["state"] == "FAIL"
+    assert "mine" in one.wait_log("repeat_refused")[0]
+    for _ in range(2):
+        assert database.wait(database.insert("SELECT 1", delete=False))["state"] == "DONE"
+    assert not one.logged("table_down|table_unstable")
+
+
 def test_story_of_lost_runs_is_forgotten_when_a_run_ends_well(
     database: Database, master: Callable[..., Master]
 ) -> None:

@@ -54,11 +54,12 @@ def test_it_tells_its_story_and_ends_well(temporary: Path) -> None:
     with start(temporary) as demo:
         text = demo.communicate(timeout=120)[0].decode()  # of its half a minute on a machine that does much else
     assert demo.returncode == 0, text
-    for told in ("DONE   mail", "DONE   statement", "FAIL   mistake", "FAIL   slow", "DONE   crm", "DONE   heartbeat"):
-        assert told in text
+    told = ("DONE   mail", "DONE   statement", "FAIL   mistake", "FAIL   slow", "DONE   crm", "DONE   heartbeat")
+    for line in (*told, "DONE   report", "DONE   gateway", "DONE   after", "STOP   export"):
+        assert line in text
     assert "What ran where" in text
-    assert re.search(r"pgtask: master .*\(2 tables, \d+ workers\)", text)
-    assert re.search(r"pgtask: worker billing@billing public\.task mail \d+", text)
+    assert re.search(r"pgtask: master .*\(2 tables leading, \d+ workers\)", text)
+    assert re.search(r"pgtask: worker billing@billing public\.task running \d+ in group mail", text)
     assert "\x1b" not in text, "colours in a pipe"
     eventually(lambda: not left_of(temporary))
 

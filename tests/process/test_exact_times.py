@@ -9,9 +9,9 @@ from math import ceil
 import pytest
 from psycopg import RawCursor, sql
 
-from pgtask import timers
+from pgtask.master import timers
+from pgtask.master.taker import BEGINNING
 from pgtask.objects import Names
-from pgtask.taker import BEGINNING
 from tests.fixtures.catalog import install
 from tests.fixtures.database import Database
 from tests.fixtures.locks import passes
@@ -113,7 +113,7 @@ def test_plan_that_falls_between_the_instant_and_the_take_is_not_missed(database
         eventually(
             lambda: database.execute("SELECT plan < clock_timestamp() FROM task WHERE id = %s", [id]) == [(True,)]
         )
-        parameters = [10, [], 200, instant, [], "2000-01-01", None, *BEGINNING, None]
+        parameters = [10, [], 200, instant, [], "2000-01-01", [], None, *BEGINNING, None]
         [(seen, *_, next, taken, _, _, _, _, _, _)] = cursor.execute(store.text("take").encode(), parameters).fetchall()
     assert (seen, taken) == (0, None)
     assert next < 0

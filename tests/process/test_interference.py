@@ -213,7 +213,7 @@ def test_master_of_another_user_leaves_running_tasks_alone(database: Database, m
             input = "SELECT pg_advisory_lock(7); INSERT INTO effect VALUES (1)"
             id = database.insert(input, delete=False, atomic=False)
             database.wait(id, "WORK")
-            database.execute(f'GRANT ALL ON task, task_master, effect TO "{other}"')
+            database.execute(f'GRANT ALL ON task, task_master, task_held, task_report, effect TO "{other}"')
             os.kill(killed.pid, SIGKILL)
             master("--no-create", database.server.conninfo(database.name, other))
             passes(1)

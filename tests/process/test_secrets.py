@@ -14,8 +14,9 @@ import pytest
 from psycopg import conninfo
 
 from pgtask.errors import UserError
-from pgtask.master import _pidfile
+from pgtask.master import pidfile as pidfiles
 from tests.fixtures.catalog import install
+from tests.fixtures.daemons import Daemon
 from tests.fixtures.database import Database
 from tests.fixtures.locks import held
 from tests.fixtures.master import ROOT, Master
@@ -107,6 +108,42 @@ def test_password_is_seen_nowhere_in_whatever_form_it_is_given(
     assert not leaks(one.log())
 
 
+@pytest.mark.parametrize(("to", "format"), [("syslog", "text"), ("journal", "text"), ("file", "json")])
+def test_failing_and_slow_tasks_are_told_without_their_secrets(
+    secretive: Database, master: Callable[..., Master], daemon: Daemon, tmp_path: Path, to: str, format: str
+) -> None:
+    file = tmp_path / "it.log"
+
+    def told() -> str:
+        return file.read_text("utf-8") if to == "file" else b"\n".join(daemon.datagrams()).decode()
+
+    target = str(file) if to == "file" else f"{to}:{daemon.path}"
+    literal = psycopg.sql.Literal(SECRET).as_string(None).removeprefix(" ")
+    wrong = secretive.tcp.replace("hunt", "hunt wrong")
+    with daemon.reading():
+        one = master("--log", target, "--log-format", format, "--slow-run", "1us", secretive.tcp, wait=False)
+        eventually(lambda: file.exists() and "leading" in told() if to == "file" else "leading" in told())
+        ids = [
+            secretive.insert(input, delete=False, **columns)
+            for input, columns in [
+                (f"SELECT {literal}", {}),  # slow, as all are here
+                (f"SELECT {literal}, 1/0", {}),
+                (f"ALTER ROLE no_such_role PASSWORD {literal}", {}),
+                (f"DO $$BEGIN RAISE 'password=%', quote_literal({literal}); END$$", {}),
+                (f"DO $$BEGIN RAISE 'no' USING DETAIL = {literal}, HINT = {literal}; END$$", {}),
+                ("SELECT 1", {"remote": wrong}),
+                ("SELECT 1", {"remote": wrong.replace("port=", "prot=")}),
+                ("SELECT 1/0", {"remote": secretive.tcp, "group": f"password={literal}"}),
+            ]
+        ]
+        states = [secretive.wait(id)["state"] for id in ids]
+        assert states == ["DONE", *["FAIL"] * (len(ids) - 1)]
+        eventually(lambda: told().count("task_failed") >= len(ids) - 1 and "task_slow" in told())
+        assert one.stop() == 0
+    assert not leaks(told())
+    assert one.log() == ""
+
+
 def test_conninfo_that_is_wrong_is_told_without_its_password() -> None:
     done = run("postgresql:/u:hunt%zz2@x@h/d")
     assert done.returncode == 2
@@ -147,7 +184,7 @@ def test_pidfile_that_somebody_has_laid_out_is_refused_and_nothing_is_emptied(tm
         "hardlink": lambda: pidfile.hardlink_to(victim),
         "fifo": lambda: os.mkfifo(pidfile),
     }[kind]()
-    with pytest.raises(UserError, match=f"^pidfile {pidfile}: is "), _pidfile(pidfile):
+    with pytest.raises(UserError, match=f"^pidfile {pidfile}: is "), pidfiles.held(pidfile):
         pass
     assert victim.read_text("utf-8") == "precious"
     assert not (tmp_path / "nothing").exists()
@@ -185,7 +222,7 @@ def test_names_and_errors_cannot_forge_a_line_of_the_log_or_a_title(
 
         def titles() -> list[str]:
             found = [one.title(pid) for pid in (one.pid, *one.children())]
-            return found if any(title.endswith(f" {id}") for title in found) else []
+            return found if any(f" running {id} in group " in title for title in found) else []
 
         assert all(title.isprintable() for title in eventually(titles))
     database.wait(id, "DONE")

@@ -9,7 +9,7 @@ import pytest
 
 from pgtask import embedded
 from tests.fixtures.database import Database
-from tests.fixtures.locks import WAIT, falls_asleep, held, passes
+from tests.fixtures.locks import ASLEEP, WAIT, falls_asleep, held, passes
 from tests.fixtures.master import Master
 from tests.fixtures.wait import eventually
 
@@ -36,7 +36,7 @@ def test_several_tables_of_one_database_are_served_apart(database: Database, mas
         database.schema, database.table = schema, table
         row = runs(database)
         assert row["output"] == "1"
-    eventually(lambda: one.title().endswith("(3 tables, 0 workers)"))
+    eventually(lambda: one.title().endswith("(3 tables leading, 0 workers)"))
     assert database.execute("SELECT count(*) FROM task_master, second_master, s.third_master") == [(1,)]
 
 
@@ -67,7 +67,7 @@ def test_server_that_is_down_is_said_once_tried_again_and_disturbs_nobody(
     one.wait_log(f"table_down .*{own_database.name}")
     for _ in range(3):
         runs(database)
-    eventually(lambda: one.title().startswith("pgtask: master (2 tables"))
+    eventually(lambda: one.title().startswith("pgtask: master (1 table leading, 1 connecting, "))
     own_server.start_again()
     one.wait_log(f"table_up .*{own_database.name}")
     reasons = [line.partition("error=")[2] for line in one.logged("table_down")]
@@ -187,9 +187,10 @@ def test_group_that_drains_newer_rows_makes_room_for_an_older_one_of_another(
     with held(database):
         first = database.insert(WAIT, group="hog", delete=False)
         database.wait(first, "WORK")
+        falls_asleep(database)
         other = database.insert("SELECT 1", group="other", delete=False)
+        eventually(lambda: not database.execute(ASLEEP))  # it has seen who waits, and told the worker
         ids = [database.insert("SELECT 1", group="hog", delete=False) for _ in range(20)]
-        falls_asleep(database)  # it has seen who waits, and told the worker
     row = database.wait(other)
     assert all(row["start"] <= database.wait(id)["start"] for id in ids)
 

@@ -333,12 +333,25 @@ def test_due_rows_that_have_no_place_do_not_make_the_master_spin(
     long = talkative.insert("SELECT pg_sleep(60)", group="full", delete=False)
     talkative.wait(long, "WORK")
     waiting = [talkative.insert("SELECT 1", delete=False, **columns) for _ in range(3)]
-    falls_asleep(talkative)
-    assert said_in(talkative, 0.7) <= 2
+    eventually(lambda: said_in(talkative, 0.7) <= 2)
     talkative.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [long])
     for id in waiting:
         is_done(talkative, id)
     assert len(one.logged("worker_forked")) <= 6
+
+
+def test_what_came_too_late_is_told_and_a_row_that_runs_again_is_not(
+    database: Database, master: Callable[..., Master]
+) -> None:
+    one = master(database.conninfo, tables=1)
+    gone = database.insert("SELECT 1", plan="2020-01-01", delete=False)
+    assert database.wait(gone, "GONE")["error"] == "ERROR:  task not active"
+    one.wait_log("tasks_gone .*count=1")
+    again = database.insert("SELECT 1", delete=False)
+    database.wait(again)
+    database.execute("UPDATE task SET state = 'PLAN' WHERE id = %s", [again])
+    eventually(lambda: database.tasks("attempt = 2 AND state = 'DONE'"))
+    assert len(one.logged("tasks_gone")) == 1
 
 
 def test_pause_after_a_negative_max_does_not_make_the_master_spin(

@@ -1,6 +1,7 @@
 """What waking costs: inserters that notify, strangers that do, tables that nobody wakes us for, many groups."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -16,15 +17,11 @@ CLIENTS = 8
 
 
 def looks(database: Database) -> int:
-    """How often the master has looked for due rows."""
+    """How often the master has looked for due rows: of an execution only the prepared statement's name is told."""
+    mine = rf"\npgtask master\|{database.name}\|LOG:  "
     text = database.server.log_text()  # type: ignore[union-attr]
-    return text.count(f"\npgtask master|{database.name}|LOG:  execute pgtask_{look_number(text, database)}:")
-
-
-def look_number(text: str, database: Database) -> str:
-    """The name of the prepared statement is all that tells one execution from another's text."""
-    start = text.index(": WITH RECURSIVE instant AS", text.index(f"\npgtask master|{database.name}|"))
-    return text[text.rindex("_", 0, start) + 1 : start]
+    names = set(re.findall(mine + r"execute (pgtask_\d+): WITH (?:RECURSIVE )?instant AS", text))
+    return sum(name in names for name in re.findall(mine + r"execute (pgtask_\d+):", text))
 
 
 def channel(database: Database) -> str:

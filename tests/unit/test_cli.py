@@ -81,6 +81,8 @@ def test_print_config_shows_every_value_with_its_origin(tmp_path: Path) -> None:
         (["app"], 'command line CONNINFO: missing = after "app"'),
         (["--table", ""], "command line --table: must be a text of 1 to 63 bytes"),
         (["--log-level", "warn"], 'did you mean "warning"?'),
+        (["--log", "sysloq"], 'command line --log: did you mean "syslog"? A file of this name is "./sysloq"'),
+        (["--log", "syslog:lokal3"], 'command line --log: no facility "lokal3"; those for programs are user, '),
     ],
 )
 @pytest.mark.parametrize("mode", ["--print-config", "--check"])

@@ -51,7 +51,7 @@ def refused(file: Path | None = None, conninfos: tuple[str, ...] = (), environ: 
 
 def test_values_have_a_field_for_each_setting() -> None:
     assert fields(MasterConfig) == list(settings.by_name("master"))
-    assert fields(TableConfig) == ["conninfo", *settings.by_name("database"), "defaults"]
+    assert fields(TableConfig) == ["conninfo", *settings.by_name("database"), "defaults", "told_apart"]
     assert list(built_in().tables[0].defaults) == list(settings.by_name("task"))
 
 
@@ -159,6 +159,12 @@ def test_conninfos_are_served_beside_the_file(write: Write) -> None:
 )
 def test_label_is_completed_as_libpq_does(conninfo: str, label: str) -> None:
     assert load(None, [conninfo], {}, {}).tables[0].label == label
+
+
+def test_labels_of_tables_that_would_be_called_the_same_name_the_server() -> None:
+    conninfos = ["host=a dbname=d user=u", "host=b port=5433 dbname=d user=u", "host=a dbname=e user=u"]
+    labels = [table.label for table in load(None, conninfos, {}, {}).tables]
+    assert labels == ["u@d public.task on a:5432", "u@d public.task on b:5433", "u@e public.task"]
 
 
 def test_label_follows_the_variables_of_libpq(monkeypatch: pytest.MonkeyPatch) -> None:

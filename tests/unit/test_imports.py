@@ -11,31 +11,50 @@ PACKAGE = Path(__file__).resolve().parent.parent.parent / "pgtask"
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"master"},
-    {"poller"},
-    {"sleeper"},
-    {"taker"},
-    {"mender", "warm"},
-    {"pool", "maintenance", "async_session", "outage"},
-    {"worker"},
-    {"shared"},
-    {"finish", "remote", "schema"},
-    {"objects", "ours"},
-    {"run"},
+    {"user.submit", "user.control", "user.listing"},
+    {"user.ends", "user.search", "user.purge", "user.completion"},
+    {"master.master", "user.agenda", "user.doctor", "user.import_cron", "user.script", "user.top.main", "user.why"},
+    {"user.checks"},
+    {"user.top.screen", "user.top.page"},
+    {"user.top.summary"},
+    {"user.top.views"},
+    {"user.top.words"},
+    {"user.top.look"},
+    {"command", "master.keeper"},
+    {"monitor.monitor"},
+    {"monitor.gauges"},
+    {"master.poller"},
+    {"master.sleeper"},
+    {"master.taker"},
+    {"master.waiting", "master.holds", "master.reports", "master.history"},
+    {"master.mender", "master.warm"},
+    {"master.pool", "master.maintenance", "async_session", "master.outage"},
+    {"worker.worker"},
+    {"worker.shared"},
+    {"worker.finish", "worker.remote", "schema", "worker.progress"},
+    {"objects", "worker.ours"},
+    {"worker.run"},
     {"store"},
-    {"session", "output"},
-    {"config", "resolve"},
-    {"process", "settings", "timers"},
-    {"log"},
-    {"errors", "pace"},
+    {"worker.session", "output"},
+    {"telling"},
+    {"config", "resolve", "user.spoken"},
+    {"coming", "metrics", "master.notify", "master.pidfile", "process", "settings", "master.timers"},
+    {"cron", "durations", "log"},
+    {"sinks"},
+    {"lines"},
+    {"errors", "events", "pace"},
 )
 """From the top; a module imports from lower layers only, never from its own."""
 
-ASIDE = {"demo": {"embedded", "errors"}, "embedded": {"errors"}}
+ASIDE = {"user.reference": set(), "demo": {"embedded", "errors"}, "embedded": {"errors"}}
 """Modules that nobody imports but each other, and what they may import."""
 
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS) for module in layer}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+MODULES = sorted(
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in PACKAGE.rglob("*.py")
+    if path.stem != "__init__"
+)
 
 FORKING = {"fork", "forkpty", "wait", "wait3", "wait4", "waitid", "waitpid"}
 
@@ -83,7 +102,9 @@ def own_imports(module: str) -> Iterator[str]:
     """The modules of the package that this one imports, anywhere in it."""
     for name in imports(module):
         match name.split("."):
-            case ["pgtask", imported, *_] if (PACKAGE / f"{imported}.py").exists() or imported in DEPTH:
+            case ["pgtask", package, imported, *_] if f"{package}.{imported}" in MODULES:
+                yield f"{package}.{imported}"
+            case ["pgtask", imported, *_] if imported in MODULES or imported in DEPTH:
                 yield imported
 
 
@@ -101,4 +122,4 @@ def imports(module: str) -> set[str]:
 
 
 def tree(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text("utf-8"))
+    return ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text("utf-8"))

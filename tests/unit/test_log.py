@@ -114,6 +114,7 @@ def test_warning_of_a_library_is_an_event_too(target: Path) -> None:
         ("postgresql://u:hun/ter2@h/d", "postgresql://u:***@h/d"),
         ("postgresql://h/d?password=hunter2", "postgresql://h/d?password=***"),
         ("ALTER ROLE x PASSWORD 'hun''ter2' LOGIN", "ALTER ROLE x PASSWORD *** LOGIN"),
+        ("ALTER ROLE x PASSWORD E'hunt er\\'2' LOGIN", "ALTER ROLE x PASSWORD *** LOGIN"),
         ('password authentication failed for user "x"', 'password authentication failed for user "x"'),
         ("no password supplied", "no password supplied"),
         ("postgresql://u@h:5432/d", "postgresql://u@h:5432/d"),

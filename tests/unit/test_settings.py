@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from pgtask.durations import duration_text, interval_seconds
 from pgtask.settings import (
     SETTINGS,
     by_name,
     conninfo_problem,
-    duration_text,
-    interval_seconds,
     markdown_table,
     toml_sample,
 )
@@ -60,6 +59,11 @@ def test_default_is_a_value_that_the_setting_takes(setting) -> None:
         ("log_format", "json", "json"),
         ("pidfile", "/run/pgtask.pid", Path("/run/pgtask.pid")),
         ("pidfile", "", None),
+        ("listen", "", None),
+        ("listen", "127.0.0.1:9187", "127.0.0.1:9187"),
+        ("listen", "[::1]:9187", "[::1]:9187"),
+        ("listen", "db-1.example.com:1", "db-1.example.com:1"),
+        ("listen", ":65535", ":65535"),
         ("maintenance", "", None),
         ("maintenance", "dbname=postgres", "dbname=postgres"),
         ("table", "ü" * 31, "ü" * 31),
@@ -74,6 +78,10 @@ def test_right_text_is_read(name: str, text: str, value: object) -> None:
     [
         ("workers", "many", 'must be a whole number from 1 to 10000, not "many"'),
         ("workers", "0", "must be a whole number from 1 to 10000, not 0"),
+        *(
+            ("listen", text, f'must be {ALL["listen"].expects}, not "{text}"')
+            for text in ("9187", "localhost", "localhost:", "a b:1", ":0", ":65536", "::1:9187", "[::1]", "http://a:1")
+        ),
         ("workers", "10001", "must be a whole number from 1 to 10000, not 10001"),
         ("workers", "1e3", 'must be a whole number from 1 to 10000, not "1e3"'),
         ("max", "2147483648", "must be a whole number from -2147483648 to 2147483647, not 2147483648"),
@@ -86,7 +94,7 @@ def test_right_text_is_read(name: str, text: str, value: object) -> None:
         ("schema", "a\0b", "must not contain a NUL byte"),
         ("schema", "a\udcff", "must be valid UTF-8"),
         ("group", "a\0", "must not contain a NUL byte"),
-        ("log", "", 'must be a text, not empty, not ""'),
+        ("log", "", 'must be stderr, syslog, journal, or a path, not ""'),
         ("active", "0", 'must be an interval such as "1 hour", more than 0, not "0"'),
         ("timeout", "-1 s", 'must be an interval such as "1 hour", 0 or more, not "-1 s"'),
         ("timeout", "soon", 'must be an interval such as "1 hour", 0 or more, not "soon"'),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pgtask.ours import array
-from pgtask.shared import Way, way
+from pgtask.worker.ours import array
+from pgtask.worker.shared import Way, way
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What runs in the monitor: a child of the master that serves metrics and health."""

@@ -1,0 +1,107 @@
+"""`pgtask wait`, and how the end of a task is told.
+
+It looks at the rows again and again, in statements of their own: a long one would keep vacuum from its work. The pauses
+grow with the time that was waited.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+from psycopg import Connection
+
+from pgtask.command import Id, Where, as_json, asking, echo_text, of_tables, print_json, rows
+from pgtask.config import TableConfig
+from pgtask.durations import interval_seconds
+from pgtask.errors import NO, OK, OVER, UserError
+from pgtask.objects import Names
+
+SHORTEST, LONGEST = 0.01, 1.0
+"""Seconds between two looks."""
+
+SHARE = 0.1
+"""Of the time that was waited so long a pause follows."""
+
+
+def _seconds(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
+    if text is None:
+        return None
+    seconds = interval_seconds(text)
+    if seconds is None or seconds < 0:
+        raise click.BadParameter(f"{text!r} is no duration, such as 30 (seconds) or '5 min'")
+    return seconds
+
+
+@click.command("wait")
+@click.argument("ids", metavar="ID...", type=Id(), nargs=-1, required=True)
+@click.option("--timeout", callback=_seconds, metavar="DURATION", help="Wait no longer: seconds, or '5 min'.")
+@click.option("--any", "one", is_flag=True, help="Until one of them has ended, not all.")
+@click.option("--output", is_flag=True, help="Print the outputs, and nothing else.")
+@of_tables
+@as_json
+def wait(where: Where, ids: Sequence[int], timeout: float | None, one: bool, output: bool, as_json: bool) -> int:
+    """Wait until tasks have ended, and tell how.
+
+    A task that is removed meanwhile was DONE and had nothing to say, unless somebody deleted it.
+
+    Exit status: 0 if all that have ended are DONE; 1 if one has ended otherwise; 124 if the time is over.
+    """
+    table = where.one()
+    with asking(table) as session:
+        ended, over = until_ended(session, table, ids, timeout, one=one)
+        return tell(session, table, ended, over=over, output=output, as_json=as_json)
+
+
+def until_ended(
+    session: Connection[Any], table: TableConfig, ids: Sequence[int], timeout: float | None = None, *, one: bool = False
+) -> tuple[list[int], bool]:
+    """Those that have ended, and whether the time (seconds) was over before. Raises UserError, psycopg.Error."""
+    query = Names(schema=table.schema, table=table.table).store().text("pending").encode()
+    started = time.monotonic()
+    pending = list(dict.fromkeys(ids))
+    first = True
+    while True:
+        found = session.execute(query, [pending]).fetchall()
+        missing = [id for id, state, _ in found if state is None]
+        if first and missing:
+            raise UserError(
+                f"{table.label} has no task {missing[0]}: it was removed, or never was;"
+                ' one whose column "delete" is false stays when it is done'
+            )
+        first = False
+        pending = [id for id, _, goes_on in found if goes_on]
+        if not pending or (one and len(pending) < len(set(ids))):
+            return [id for id in dict.fromkeys(ids) if id not in set(pending)], False
+        waited = time.monotonic() - started
+        left = None if timeout is None else timeout - waited
+        if left is not None and left <= 0:
+            return [id for id in dict.fromkeys(ids) if id not in set(pending)], True
+        pause = min(LONGEST, max(SHORTEST, waited * SHARE))
+        time.sleep(pause if left is None else min(pause, left))
+
+
+def tell(
+    session: Connection[Any], table: TableConfig, ids: Sequence[int], *, over: bool, output: bool, as_json: bool
+) -> int:
+    """Print how they have ended; the exit status."""
+    query = Names(schema=table.schema, table=table.table).store().text("ends").encode()
+    ends = rows(session.execute(query, [list(ids)]))
+    if as_json:
+        print_json(ends)
+    for end in [] if as_json else ends:
+        _tell_one(end, output=output)
+    if over:
+        click.echo("the time is over", err=True)
+        return OVER
+    return OK if all(end["state"] == "DONE" for end in ends) else NO
+
+
+def _tell_one(end: Mapping[str, object], *, output: bool) -> None:
+    if output and end["output"] is not None:
+        echo_text(str(end["output"]))
+    if not output:
+        click.echo(f"{end['id']} {end['state']}")
+    if end["state"] != "DONE":
+        error = end["error"] or f"task {end['id']} is {end['state']}"
+        echo_text(str(error), err=True)
