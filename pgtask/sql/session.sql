@@ -117,6 +117,12 @@ SELECT pg_catalog.pg_advisory_unlock_all(),
     pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.<>) 0::pg_catalog.oid,
     EXISTS (SELECT FROM pg_catalog.pg_prepared_statement() AS p WHERE p.from_sql);
 
+-- name: spotless — the same where the next input comes right behind: divides by zero if there is any of it. $1 as above
+SELECT pg_catalog.pg_advisory_unlock_all(),
+    1 OPERATOR(pg_catalog./) (pg_catalog.current_setting('role') OPERATOR(pg_catalog.=) $1::pg_catalog.text
+        AND pg_catalog.pg_my_temp_schema() OPERATOR(pg_catalog.=) 0::pg_catalog.oid
+        AND NOT EXISTS (SELECT FROM pg_catalog.pg_prepared_statement() AS p WHERE p.from_sql))::pg_catalog.int4;
+
 -- name: warm — what others see of a session that waits for a worker, until a task's name takes the place
 SELECT pg_catalog.set_config('application_name', 'pgtask warm', false);
 

@@ -26,7 +26,7 @@ from pgtask.output import Error, statement_line
 from pgtask.pace import Pace
 from pgtask.store import Task
 from pgtask.telling import Telling
-from pgtask.worker.ours import PATIENCE, PLAIN, Ours, Steps, array, param
+from pgtask.worker.ours import PATIENCE, PLAIN, Ours, Relay, Steps, array, param
 from pgtask.worker.run import Outcome, read_error, transcode
 from pgtask.worker.session import SessionLost, StatementFailed, Step
 
@@ -44,6 +44,9 @@ CHEAP = 0.001
 
 NEXT = ("next", "next_below", "next_after", "next_batch", "next_batch_after")
 """Statements that take the group's next task."""
+
+ALONE = ("next", "next_below", "next_after")
+"""Those of them that take one, which runs by itself."""
 
 LOST_CODES = ("40001", "40P01")
 REMOVING = ("remove", "remove_done")
@@ -86,6 +89,7 @@ class Want(NamedTuple):
     below: bool  # rows of a greater max are planned for later
     batch: int = 1  # how many that share a transaction
     mark: bytes | None = None  # of the settings, when it is time to see whether they have changed
+    follow: Callable[[Task], Sequence[Step]] | None = None  # what it begins with, to go down behind the commit
 
 
 class Finisher:
@@ -144,9 +148,11 @@ class Finisher:
                 # What the task has deferred to its end may take as long as its timeout allows.
                 timeout = None if attempt.inside and not failures else PATIENCE
                 failed = [(task, attempt.verdict)] if attempt.verdict.state == "FAIL" else []
-                following = self.committed(steps, failed, timeout=timeout)
+                follow = attempt.want.follow if steps.names[-1] == "spotless" else None
+                following = self.committed(steps, failed, timeout=timeout, follow=follow)
             except StatementFailed as failure:
                 failures += 1
+                attempt = replace(attempt, want=attempt.want._replace(follow=None))
                 answer = self._failed(attempt, steps.names[failure.step], failure, failures)
                 if answer is None:
                     return []
@@ -157,16 +163,35 @@ class Finisher:
                 log.info("finish_recovered", id=task.id, tries=failures + 1)
             return following
 
-    def committed(self, steps: Steps, failed: Sequence[tuple[Task, Verdict]], *, timeout: float | None) -> list[Task]:
+    def committed(
+        self,
+        steps: Steps,
+        failed: Sequence[tuple[Task, Verdict]],
+        *,
+        timeout: float | None,
+        follow: Callable[[Task], Sequence[Step]] | None = None,
+    ) -> list[Task]:
         """Send what finishes runs, commits and tidies up. Returns the tasks that were taken.
 
-        `failed` are those that `settle` writes as such.
+        `failed` are those that `settle` writes as such. What `follow` makes of the one that was taken runs behind the
+        commit: the session's `goes_on` says whether it does.
 
         Raises StatementFailed when it is not committed, SessionLost when nobody knows.
         """
         sent = time.monotonic()
-        results = self._ours.commit(steps, timeout=timeout)
-        following = self._next(steps, results)
+        step = next((name for name in steps.names if name in NEXT), "")
+        following: list[Task] = []
+
+        def read(result: PGresult) -> Sequence[Step]:
+            following.extend(self._taken(step, result))
+            return follow(following[0]) if follow is not None and following else ()
+
+        if step and follow is not None:
+            results = self._ours.commit(steps, timeout=timeout, relay=Relay(step, read))
+        else:
+            results = self._ours.commit(steps, timeout=timeout)
+            if step:
+                read(results[steps.names.index(step)])
         if failed:
             self._tell(failed, results[steps.names.index("settle")])
         if not following and time.monotonic() - sent > SLOW:
@@ -257,7 +282,8 @@ class Finisher:
         self.add_next(steps, task, attempt.want)
         steps.own("commit")
         if not task.save:
-            self._ours.tidy_up(steps)
+            behind = attempt.want.follow is not None and self._ours.relays and steps.names[-2] in ALONE
+            self._ours.tidy_up(steps, last="spotless" if behind else "leftovers")
         return steps
 
     def write(self, steps: Steps, name: str, rows: Sequence[tuple[bytes | None, ...]]) -> None:
@@ -311,16 +337,16 @@ class Finisher:
         notice = b"\n".join(text for text in notices if text is not None) or None
         return replace(attempt, coming=coming, verdict=attempt.verdict._replace(notice=notice))
 
-    def _next(self, steps: Steps, results: Sequence[PGresult]) -> list[Task]:
-        for name, result in zip(steps.names, results, strict=False):
-            if name in NEXT and result.ntuples:
-                if not name.endswith("_after"):
-                    self._pace.looked(float(result.get_value(0, result.nfields - 1) or 0) / result.ntuples)
-                rows = list(range(result.ntuples))
-                if len(rows) > 1:  # in the order of their numbers
-                    rows.sort(key=lambda row: int(result.get_value(row, result.nfields - 2) or 0))
-                return [Task.read(result, row) for row in rows]
-        return []
+    def _taken(self, step: str, result: PGresult) -> list[Task]:
+        """The tasks that the statement took, in their order."""
+        if not result.ntuples:
+            return []
+        if not step.endswith("_after"):
+            self._pace.looked(float(result.get_value(0, result.nfields - 1) or 0) / result.ntuples)
+        rows = list(range(result.ntuples))
+        if len(rows) > 1:  # in the order of their numbers
+            rows.sort(key=lambda row: int(result.get_value(row, result.nfields - 2) or 0))
+        return [Task.read(result, row) for row in rows]
 
     def _failed(self, attempt: "_Attempt", name: str, failure: StatementFailed, failures: int) -> "_Attempt | None":
         """What to try after `name` failed; None when the row is not ours any more."""

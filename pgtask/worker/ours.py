@@ -8,6 +8,7 @@ what a new session has not, the next task does not find. Nothing here decides wh
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from psycopg.pq.abc import PGresult
 
@@ -37,7 +38,7 @@ NEEDED = {
 ASKED = (*NEEDED, "client_encoding")
 """Settings whose values in a new session matter."""
 
-TIDY = ("close", "unlisten", "sequences", "leftovers", "temporary")
+TIDY = ("close", "unlisten", "sequences", "leftovers", "spotless", "temporary")
 """Steps after the commit: what tells whether the first three are needed would cost more than they do."""
 
 CLEANUP = ("reset_role", "close", "unlisten", "unlock", "temporary", "sequences", "prepared")
@@ -65,6 +66,13 @@ class Steps:
         """Statements without parameters of sql/session.sql."""
         self.names += names
         self.steps += map(_own, names)
+
+
+class Relay(NamedTuple):
+    """What goes down behind a commit: of the result of a `step`, whatever `follow` makes of that."""
+
+    step: str
+    follow: Callable[[PGresult], Sequence[Step]]
 
 
 @cache
@@ -124,6 +132,7 @@ class Ours:
         self._codec, self._errors = ("utf-8", "surrogateescape") if anything else (python_codec(encoding), "replace")
         self._texts: dict[str, bytes] = {}  # the statements on the task table, by name
         self._temporary = False  # has the session a schema for temporary objects?
+        self._spotless = True  # has no task left what `spotless` fails at? Each failure stands in the server's log
 
     def questions(self) -> Steps:
         """What a new session is asked before it is of use."""
@@ -179,34 +188,63 @@ class Ours:
         dropped = b"true" if self._temporary else b"false"
         steps.add("turn", Step(own_text("turn"), (*settings, self.fresh.user, self.fresh.role, dropped)))
 
-    def tidy_up(self, steps: Steps) -> None:
-        """Add, after the commit, what makes the session like a new one, and asks what else it takes."""
+    @property
+    def relays(self) -> bool:
+        """May an input go down behind the clean-up, before it is known what else that takes?"""
+        return self._spotless and not self._temporary
+
+    def tidy_up(self, steps: Steps, *, last: str = "leftovers") -> None:
+        """Add, after the commit, what makes the session like a new one, and asks what else that takes, or fails."""
         steps.own("close", "unlisten", "sequences")
         if self._temporary:
             steps.own("temporary")
-        steps.add("leftovers", Step(own_text("leftovers"), (self.fresh.role,)))
+        steps.add(last, Step(own_text(last), (self.fresh.role,)))
 
     # What is sent
 
-    def commit(self, steps: Steps, *, timeout: float | None) -> Sequence[PGresult]:
+    def commit(self, steps: Steps, *, timeout: float | None, relay: Relay | None = None) -> Sequence[PGresult]:
         """Send what commits and, maybe, tidies up. Returns at least the results of what stands before that.
 
+        With `relay`, and if the last step is "spotless", what that makes of the result of its step goes down behind.
         Raises StatementFailed when it is not committed, SessionLost when nobody knows.
         """
         try:
-            results = self.session.pipeline(steps.steps, timeout=timeout)
+            if relay is None:
+                results = self.session.pipeline(steps.steps, timeout=timeout)
+            else:
+                results = self.session.relay(steps.steps, steps.names.index(relay.step), relay.follow, timeout=timeout)
         except StatementFailed as failure:
-            if steps.names[failure.step] not in TIDY:
+            name = steps.names[failure.step]
+            if name not in TIDY:
                 raise
-            self._unclean(steps, failure)
-            self.clean()
+            if name == "spotless":
+                self._spotless = False
+                self._look_over()
+            else:
+                self._unclean(steps, failure)
+                self.clean()
             return failure.before
         if steps.names[-1] == "leftovers":
-            role, temporary, prepared = (results[-1].get_value(0, column) == b"t" for column in (1, 2, 3))
-            if role or prepared or temporary > self._temporary:
-                self.clean()
-            self._temporary = temporary
+            self._clean_if_need_be(results[-1])
         return results
+
+    def _look_over(self) -> None:
+        """Something is left in the session."""
+        steps = Steps()
+        steps.add("leftovers", Step(own_text("leftovers"), (self.fresh.role,)))
+        try:
+            [leftovers] = self.session.pipeline(steps.steps, timeout=PATIENCE)
+        except StatementFailed as failure:
+            self._unclean(steps, failure)
+            self.clean()
+        else:
+            self._clean_if_need_be(leftovers)
+
+    def _clean_if_need_be(self, leftovers: PGresult) -> None:
+        role, temporary, prepared = (leftovers.get_value(0, column) == b"t" for column in (1, 2, 3))
+        if role or prepared or temporary > self._temporary:
+            self.clean()
+        self._temporary = temporary
 
     def transaction(self, name: str, *params: object, clean: bool = False) -> PGresult:
         """Run one statement on the task table in a transaction of our own; what was open is rolled back.

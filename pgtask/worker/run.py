@@ -191,6 +191,21 @@ def execute(
     return transcript.outcome()
 
 
+def receive(
+    session: Session, format: Format, *, limits: Limits, tick: Callable[[], None], heed: Heed = lambda *_: False
+) -> Outcome:
+    """The same of an input that was sent behind the end of the run before, by `Session.relay`."""
+    transcript = Transcript(session=session, format=format, heed=heed)
+    session.on_notice = transcript.notice
+    try:
+        transcript.add(session.followed(watcher(session, limits, tick)))
+        if limits.tries:
+            session.settle()
+    finally:
+        session.on_notice = None
+    return transcript.outcome()
+
+
 def watcher(session: Session, limits: Limits, tick: Callable[[], None]) -> Callable[[], float | None]:
     """What is to be done before each wait of a run: cancels it when its limits say so. Answers with seconds to wait."""
 

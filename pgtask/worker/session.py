@@ -81,6 +81,7 @@ class Session:
         self.felled = False  # the server ended it because another session's backend had crashed
         self.on_notice: Callable[[pq.abc.PGresult], None] | None = None
         self._results: list[pq.abc.PGresult] = []
+        self._following: list[bytes | None] = []  # the answers that `followed` is to read
         pgconn.notice_handler = self._notice
 
     @classmethod
@@ -194,10 +195,79 @@ class Session:
         finally:
             self._listening = False
 
-    def send_pipeline(self, steps: Sequence[Step]) -> list[bytes | None]:
-        """Queue the statements; for each answer to come: the text that was prepared, b"" a run, None a sync."""
+    def relay(
+        self,
+        steps: Sequence[Step],
+        at: int,
+        follow: Callable[[pq.abc.PGresult], Sequence[Step]],
+        *,
+        timeout: float | None,
+    ) -> list[pq.abc.PGresult]:
+        """As `pipeline`, but `follow` is given the result of step `at` while the server is still at the others.
+
+        What it answers with goes down behind them, to run if they all succeed.
+
+        Then that is going on when this returns: `followed` must be the next thing that is asked for.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def tick() -> float | None:
+            return _left(deadline)
+
         pgconn = self.pgconn
-        pgconn.enter_pipeline_mode()
+        self._results = []
+        try:
+            pgconn.enter_pipeline_mode()
+            first = self._queue(steps[: at + 1])
+            pgconn.send_flush_request()
+            rest = self._queue(steps[at + 1 :])
+            pgconn.send_flush_request()
+            self._flush(tick)
+            failed = self._read(first, tick)
+            behind = self._queue(follow(self._results[at]) if failed is None else ())
+            goes_on = bool(behind)
+            pgconn.pipeline_sync()
+            behind.append(None)
+        except OperationalError as error:
+            raise SessionLost(_words(pgconn)) from error
+        self._flush(tick)
+        failed = self._read(rest, tick, failed)
+        if goes_on and failed is None:
+            self._following = behind
+            return self._results
+        self._end_pipeline(self._read(behind, tick, failed))
+        return self._results
+
+    @property
+    def goes_on(self) -> bool:
+        """Is something going on that `relay` has sent?"""
+        return bool(self._following)
+
+    def followed(self, tick: Callable[[], float | None]) -> pq.abc.PGresult:
+        """The end of what `relay` has sent behind: its last result, or the first error; `tick` as for `query`.
+
+        Raises SessionLost.
+        """
+        behind, self._following = self._following, []
+        self._results = []
+        self._listening = True
+        try:
+            failed = self._read(behind, tick)
+        finally:
+            self._listening = False
+        self.pgconn.exit_pipeline_mode()
+        return self._results[-1] if failed is None else failed.result
+
+    def send_pipeline(self, steps: Sequence[Step]) -> list[bytes | None]:
+        """Queue the statements and a sync; for each answer to come: the text prepared, b"" a run, None a sync."""
+        self.pgconn.enter_pipeline_mode()
+        waiting = self._queue(steps)
+        self.pgconn.pipeline_sync()
+        waiting.append(None)
+        return waiting
+
+    def _queue(self, steps: Sequence[Step]) -> list[bytes | None]:
+        pgconn = self.pgconn
         waiting: list[bytes | None] = []
         for step in steps:
             if step is SYNC:
@@ -218,17 +288,27 @@ class Session:
             if not step.only_prepare:
                 pgconn.send_query_prepared(name, step.params)
                 waiting.append(b"")
-        pgconn.pipeline_sync()
-        waiting.append(None)
         return waiting
 
     def _pipeline_results(
         self, waiting: Sequence[bytes | None], tick: Callable[[], float | None]
     ) -> list[pq.abc.PGresult]:
-        results = self._results = []
-        failed: StatementFailed | None = None
-        get = self.pgconn.get_result
+        self._results = []
         self._flush(tick)
+        self._end_pipeline(self._read(waiting, tick))
+        return self._results
+
+    def _end_pipeline(self, failed: StatementFailed | None) -> None:
+        self.pgconn.exit_pipeline_mode()
+        if failed is not None:
+            raise failed
+
+    def _read(
+        self, waiting: Sequence[bytes | None], tick: Callable[[], float | None], failed: StatementFailed | None = None
+    ) -> StatementFailed | None:
+        """Take in the answers. Returns the first failure, which may have `failed` before."""
+        results = self._results
+        get = self.pgconn.get_result
         for sql in waiting:
             result = self._result(tick)
             if result is None or self.pgconn.status == pq.ConnStatus.BAD:
@@ -247,10 +327,7 @@ class Session:
                 self._result(tick)  # the end of this statement's results
             else:
                 get()  # the same, for which nothing need be read
-        self.pgconn.exit_pipeline_mode()
-        if failed is not None:
-            raise failed
-        return results
+        return failed
 
     def _sync(self, result: pq.abc.PGresult, tick: Callable[[], float | None]) -> pq.abc.PGresult | None:
         """Read on to the end of a pipeline's part; the error, if it came as late as that (at an implicit commit)."""

@@ -15,6 +15,7 @@ import re
 import signal
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -49,9 +50,9 @@ from pgtask.worker.finish import Finisher, Want
 from pgtask.worker.ours import PATIENCE, Fresh, Ours, Steps, own_text
 from pgtask.worker.progress import Reporter
 from pgtask.worker.remote import Remote
-from pgtask.worker.run import PREFIX, Limits, Outcome, execute, readable
+from pgtask.worker.run import PREFIX, Limits, Outcome, execute, readable, receive
 from pgtask.worker.session import Session, SessionLost, StatementFailed, Step
-from pgtask.worker.shared import Shared, Unshared, admits
+from pgtask.worker.shared import LONERS, Shared, Unshared, Way, admits, way
 
 ALONE = re.compile(
     rb"\s*(VACUUM|CREATE\s+DATABASE|DROP\s+DATABASE|ALTER\s+SYSTEM|CREATE\s+TABLESPACE|DROP\s+TABLESPACE"
@@ -59,6 +60,12 @@ ALONE = re.compile(
     re.IGNORECASE,
 )
 """Inputs that no transaction block admits; the rest is found out by error 25001 or 2D000."""
+
+FOLLOWS = re.compile(rb"\s*(SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE)\b", re.IGNORECASE)
+"""Inputs that may follow right behind: a transaction has been begun for our clean-up, which others could tell."""
+
+SHORT = 100_000
+"""Bytes of input that are looked through for that."""
 
 MASTERS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 """Signals that are the master's; a terminal sends them to the whole group, and a worker ignores them."""
@@ -162,7 +169,8 @@ class Worker:
         self.leaving = False  # take nothing more at all
         self.interrupted = False  # cancel the run in hand and give it back
         self.detours: set[bytes] = set()  # inputs that must run without the prefix
-        self.loners: set[bytes] = set()  # inputs that cannot share a transaction
+        self.loners: set[bytes] = set()  # inputs that cannot share a transaction, nor follow right behind another
+        self.relays = False  # is the run of the kind that others of its group may follow right behind?
         self.vain = 0  # assignments in a row that could not be begun
         self.refusal = ""  # why the last begin failed, "" when it did not
         self.reporter = Reporter(self.limits, spec.encoding, lambda percent, message: None)  # of the run that goes on
@@ -470,6 +478,7 @@ class Worker:
         self.reporter = Reporter(self.limits, self.spec.encoding, partial(self._tell, task))
         log.debug("run_begun", id=task.id, attempt=task.attempt, group=task.group)
         self.finisher.owner = self.session.pid
+        self.relays = self.session.goes_on or self._may_follow(task)
         if task.repeated:
             task = self.finisher.ahead(task)
         if task.calendar is not None and task.calendar.skipped:
@@ -518,9 +527,10 @@ class Worker:
             return []
         if cancelled == "timeout" and outcome.code == "57014":
             outcome = _timed_out(task, outcome)
-        return self.finisher.finish(task, outcome, self._want(also=bool(self.hand), batch=task.batch))
+        follow = self._follow if self.relays else None
+        return self.finisher.finish(task, outcome, self._want(also=bool(self.hand), batch=task.batch, follow=follow))
 
-    def _want(self, *, also: bool, batch: int) -> Want:
+    def _want(self, *, also: bool, batch: int, follow: Callable[[Task], Sequence[Step]] | None = None) -> Want:
         """What of the group is wanted: nothing while there are others in hand `also`, at most `batch` together."""
         late = time.monotonic() - self.until
         short = self.until > 0 and self.runs - self.turn < TURN and late < 2 * MOMENT
@@ -538,7 +548,29 @@ class Worker:
             below=time.monotonic() < self.below_until,
             batch=min(batch, max(1, int(self.spec.batch_time / max(self.each, SHORTEST)))),
             mark=self.ours.fresh.mark if outdated else None,
+            follow=follow,
         )
+
+    def _may_follow(self, task: Task) -> bool:
+        """May its run begin right behind the end of the one before, while that is being committed?
+
+        Not if it must not be begun in a transaction, or takes more than its input: then it waits for its turn.
+        """
+        plain = task.atomic and task.remote is None and not (task.save or task.repeated)
+        if not plain or len(task.input) > SHORT or not FOLLOWS.match(task.input) or way(task.input) is not Way.PIPELINE:
+            return False
+        return not (self.detours or self.loners) or _digest(task) not in self.detours | self.loners
+
+    def _follow(self, task: Task) -> Sequence[Step]:
+        """What its run begins with, if it may follow."""
+        if self.leaving or not self._may_follow(task):
+            return ()
+        steps = Steps()
+        if task.timeout_ms:
+            steps.add("timeout", self._timeout(task))
+        steps.own("begin")
+        steps.add("input", Step(task.input, plain=True))
+        return steps.steps
 
     def _execute_or_bury(self, task: Task) -> Outcome:
         """Run the input; where no cancel request helped, over the dead body of its backend."""
@@ -570,6 +602,12 @@ class Worker:
     def _execute(self, task: Task) -> Outcome:
         if task.remote is not None:
             return self.remote.execute(task, self.limits, self._tick_remote)
+        if self.session.goes_on:
+            outcome = receive(self.session, task.format, limits=self.limits, tick=self._tick, heed=self._heed)
+            if outcome.code not in LONERS or self.limits.cancelled:
+                return outcome
+            _remember(task, self.loners)
+            self.ours.rewind(save=False)
         self._limit(task)
         if not task.atomic or ALONE.match(task.input) or (self.detours and _digest(task) in self.detours):
             return self._send(task, b"")
@@ -595,11 +633,12 @@ class Worker:
         """Let the server end the statement by itself; the deadline here bounds the run as a whole."""
         if not task.timeout_ms and not self.limited:
             return
-        limits = [limit for limit in (task.timeout_ms, self.ours.fresh.limit_ms) if limit]
-        steps = Steps()
-        steps.add("timeout", Step(own_text("timeout"), (str(min(limits, default=0)).encode(),)))
-        self.session.pipeline(steps.steps, timeout=PATIENCE)
+        self.session.pipeline([self._timeout(task)], timeout=PATIENCE)
         self.limited = task.save and bool(task.timeout_ms)
+
+    def _timeout(self, task: Task) -> Step:
+        limits = [limit for limit in (task.timeout_ms, self.ours.fresh.limit_ms) if limit]
+        return Step(own_text("timeout"), (str(min(limits, default=0)).encode(),))
 
     def _tick_remote(self) -> None:
         self._look()
