@@ -212,6 +212,7 @@ class Watch:
         self._channel = channel
         self.heard = channel is not None  # has the master said something that nobody has read yet?
         self._waiting = self.doubted = False
+        self._polls: dict[tuple[int | None, bool, bool], select.poll] = {}
         signal.signal(DOUBT, self._doubt)
         self._reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -222,12 +223,8 @@ class Watch:
         Returns whether `fd` is ready. A message that nobody reads would end every wait at once: listen only where
         what comes is read. Afterwards `doubted` tells whether the master doubts that what we wait for will come.
         """
-        poll = select.poll()
-        poll.register(self._reader, select.POLLIN)
-        if fd is not None:
-            poll.register(fd, select.POLLIN | (select.POLLOUT if write else 0))
-        if listen and self._channel is not None and not self._channel.closed:
-            poll.register(self._channel.fileno(), select.POLLIN)
+        listens = listen and self._channel is not None and not self._channel.closed
+        poll = self._polls.get((fd, write, listens)) or self._poll(fd, write, listens)
         self._waiting, self.doubted = True, False
         ready = dict(poll.poll(None if timeout is None else max(0.0, timeout * 1000)))
         self._waiting = False
@@ -237,6 +234,16 @@ class Watch:
         if len(ready) > (self._reader in ready) + (fd in ready):
             self.heard = True
         return fd in ready
+
+    def _poll(self, fd: int | None, write: bool, listens: bool) -> select.poll:
+        """Made once: it knows descriptors by their numbers alone, whatever those are by now."""
+        poll = self._polls[fd, write, listens] = select.poll()
+        poll.register(self._reader, select.POLLIN)
+        if fd is not None:
+            poll.register(fd, select.POLLIN | (select.POLLOUT if write else 0))
+        if listens and self._channel is not None:
+            poll.register(self._channel.fileno(), select.POLLIN)
+        return poll
 
     def _doubt(self, *_: object) -> None:
         """Of the wait that goes on; if there is none, the master's doubt came too late to mean anything."""

@@ -5,17 +5,11 @@ session; one statement writes the ends of them all. Inputs of one statement go d
 the time that is left, the others one by one. What cannot share is rolled back and run by itself: an input that no
 transaction block admits, one that was cancelled because it took too long, one that met a conflict. When anything else
 goes wrong, nothing of the transaction stays, and each of its tasks is run by itself, as if it had never been tried.
-
-No input may end the transaction: that would commit the work of tasks that are not yet written as done. So nothing is
-sent by the simple protocol that has any word that could, and by the extended one the server takes single statements
-only, none of which can when it begins with one of ONE.
 """
 
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from enum import Enum
 from itertools import islice, takewhile
 from typing import Any, NamedTuple
 
@@ -28,18 +22,7 @@ from pgtask.worker.ours import PATIENCE, Ours, Steps
 from pgtask.worker.progress import swallow
 from pgtask.worker.run import Limits, Outcome, Transcript, execute, watcher
 from pgtask.worker.session import StatementFailed, Step
-
-ONE = re.compile(rb"\s*(SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE|CALL|DO)\b", re.IGNORECASE)
-"""How an input begins that the extended protocol may try."""
-
-ENDING = re.compile(rb"\b(COMMIT|END|ROLLBACK|ABORT|PREPARE|BEGIN|START|SAVEPOINT|RELEASE)\b", re.IGNORECASE)
-"""Words without which no text of several statements can end or leave the transaction that it runs in."""
-
-LASTING = re.compile(rb"\bCONSTRAINTS\b", re.IGNORECASE)
-"""Without this nothing changes when the constraints of all others are checked, for which there is no way back."""
-
-ENCODING = re.compile(rb"client_encoding", re.IGNORECASE)
-"""Without this a single statement does not change how its own answer is encoded."""
+from pgtask.worker.ways import LONERS, Way, way
 
 APART = ("25", "2D", "40", "57", "08")
 """Classes of errors after which a task is run by itself: no block admits it, a conflict, a cancel, a parameter."""
@@ -47,35 +30,11 @@ APART = ("25", "2D", "40", "57", "08")
 LEFT = ("42P03", "42P05")
 """A cursor or prepared statement of this name exists: maybe it was left by one before in the same transaction."""
 
-LONERS = ("25001", "2D000", "42601", "42P02", "42P18")
-"""Errors that would come again: of what no block admits, of several statements in one, or a parameter, of which the
-extended protocol says otherwise what is meant."""
-
 GRACE = 2
 """A run is cancelled when this many times the batch's time has gone by."""
 
 MOST = 1 << 28
 """Bytes of output that are written together."""
-
-
-class Way(Enum):
-    """How an input goes down that shares its transaction: with others in one pipeline, as a query, or not at all."""
-
-    PIPELINE = "pipeline"
-    QUERY = "query"
-    ALONE = "alone"
-
-
-def way(input: bytes) -> Way:
-    """The quickest that can by no means end the transaction."""
-    if LASTING.search(input):
-        return Way.ALONE
-    one = ONE.match(input) is not None and not ENCODING.search(input)
-    if one and b";" not in input.rstrip(b"; \t\r\n"):
-        return Way.PIPELINE
-    if ENDING.search(input):
-        return Way.PIPELINE if one else Way.ALONE
-    return Way.QUERY
 
 
 class Unshared(Exception):
@@ -89,11 +48,6 @@ class End(NamedTuple):
     outcome: Outcome
     start: bytes
     stop: bytes | None = None
-
-
-def admits(task: Task, seconds: float) -> bool:
-    """May the task share a transaction that takes so many seconds?"""
-    return task.batch > 1 and way(task.input) is not Way.ALONE and not 0 < task.timeout_ms <= GRACE * seconds * 1000
 
 
 class Shared:

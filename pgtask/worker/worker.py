@@ -1,17 +1,16 @@
 """A worker: a forked process with one session, that runs the tasks of a group one after another.
 
 Plain synchronous code: take what the master assigns, begin it, run it, finish it and take the group's next one in
-the same transaction (or several next ones, which share one: shared.py), until there is none; then say "idle" and wait
-for the master's word or its end. It always waits on the session, the master and the deadline together. A worker never
-ends because it is idle: only the master ends it, by closing its end of the channel, so that an expiry cannot race with
-an assignment. If the master is gone, the run in hand is finished and recorded first.
+the same transaction (or several next ones, which share one: shared.py), until there is none. Where it can, the next
+one's input goes down while the server still commits (`_follow`). Then say "idle" and wait for the master's word or its
+end. It always waits on the session, the master and the deadline together. A worker never ends because it is idle: only
+the master ends it, by closing its end of the channel, so that an expiry cannot race with an assignment. If the master
+is gone, the run in hand is finished and recorded first.
 
 Exit status: 0 done, 1 the session was lost or could not be opened; anything else is a crash.
 """
 
-import hashlib
 import math
-import re
 import signal
 import time
 from collections import deque
@@ -52,20 +51,8 @@ from pgtask.worker.progress import Reporter
 from pgtask.worker.remote import Remote
 from pgtask.worker.run import PREFIX, Limits, Outcome, execute, readable, receive
 from pgtask.worker.session import Session, SessionLost, StatementFailed, Step
-from pgtask.worker.shared import LONERS, Shared, Unshared, Way, admits, way
-
-ALONE = re.compile(
-    rb"\s*(VACUUM|CREATE\s+DATABASE|DROP\s+DATABASE|ALTER\s+SYSTEM|CREATE\s+TABLESPACE|DROP\s+TABLESPACE"
-    rb"|DISCARD\s+ALL|(CREATE|DROP)\s+(UNIQUE\s+)?INDEX\s+CONCURRENTLY|REINDEX\s+(DATABASE|SYSTEM))\b",
-    re.IGNORECASE,
-)
-"""Inputs that no transaction block admits; the rest is found out by error 25001 or 2D000."""
-
-FOLLOWS = re.compile(rb"\s*(SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE)\b", re.IGNORECASE)
-"""Inputs that may follow right behind: a transaction has been begun for our clean-up, which others could tell."""
-
-SHORT = 100_000
-"""Bytes of input that are looked through for that."""
+from pgtask.worker.shared import GRACE, Shared, Unshared
+from pgtask.worker.ways import LONERS, REFUSED, Ways
 
 MASTERS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 """Signals that are the master's; a terminal sends them to the whole group, and a worker ignores them."""
@@ -105,9 +92,6 @@ STALLED = 1.0
 
 LONGEST_GROUP = 100
 """Characters of a group's name that ps shows."""
-
-DETOURS = 1000
-"""How many inputs are remembered that must run without the prefix, or alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +152,8 @@ class Worker:
         self.owed = False  # some of it could not be told
         self.leaving = False  # take nothing more at all
         self.interrupted = False  # cancel the run in hand and give it back
-        self.detours: set[bytes] = set()  # inputs that must run without the prefix
-        self.loners: set[bytes] = set()  # inputs that cannot share a transaction, nor follow right behind another
-        self.relays = False  # is the run of the kind that others of its group may follow right behind?
+        self.ways = Ways()
+        self.relays = False  # is the run of a kind that may follow right behind another? Then so may the next one
         self.vain = 0  # assignments in a row that could not be begun
         self.refusal = ""  # why the last begin failed, "" when it did not
         self.reporter = Reporter(self.limits, spec.encoding, lambda percent, message: None)  # of the run that goes on
@@ -417,7 +400,7 @@ class Worker:
         return resumed
 
     def _admits(self, task: Task) -> bool:
-        return admits(task, self.spec.batch_time) and not (self.loners and _digest(task) in self.loners)
+        return self.ways.shares(task, most_ms=GRACE * self.spec.batch_time * 1000)
 
     def _run_together(self, tasks: list[Task]) -> None:
         """Run the first of those in hand in one transaction; whom it does not come to, stays."""
@@ -459,7 +442,7 @@ class Worker:
         self.named = following[-1].id if following else 0
         if shared.apart:
             if shared.never:
-                _remember(self.hand[0], self.loners)
+                self.ways.run_alone(self.hand[0])
             self.hand[0] = self.hand[0]._replace(batch=1)
             if shared.limits.cancelled:
                 self._keep(1)
@@ -478,7 +461,7 @@ class Worker:
         self.reporter = Reporter(self.limits, self.spec.encoding, partial(self._tell, task))
         log.debug("run_begun", id=task.id, attempt=task.attempt, group=task.group)
         self.finisher.owner = self.session.pid
-        self.relays = self.session.goes_on or self._may_follow(task)
+        self.relays = self.session.goes_on or self.ways.follows(task)
         if task.repeated:
             task = self.finisher.ahead(task)
         if task.calendar is not None and task.calendar.skipped:
@@ -551,19 +534,9 @@ class Worker:
             follow=follow,
         )
 
-    def _may_follow(self, task: Task) -> bool:
-        """May its run begin right behind the end of the one before, while that is being committed?
-
-        Not if it must not be begun in a transaction, or takes more than its input: then it waits for its turn.
-        """
-        plain = task.atomic and task.remote is None and not (task.save or task.repeated)
-        if not plain or len(task.input) > SHORT or not FOLLOWS.match(task.input) or way(task.input) is not Way.PIPELINE:
-            return False
-        return not (self.detours or self.loners) or _digest(task) not in self.detours | self.loners
-
     def _follow(self, task: Task) -> Sequence[Step]:
         """What its run begins with, if it may follow."""
-        if self.leaving or not self._may_follow(task):
+        if self.leaving or not self.ways.follows(task):
             return ()
         steps = Steps()
         if task.timeout_ms:
@@ -606,15 +579,18 @@ class Worker:
             outcome = receive(self.session, task.format, limits=self.limits, tick=self._tick, heed=self._heed)
             if outcome.code not in LONERS or self.limits.cancelled:
                 return outcome
-            _remember(task, self.loners)
+            if outcome.code in REFUSED:
+                self.ways.run_bare(task)
+            else:
+                self.ways.run_alone(task)
             self.ours.rewind(save=False)
         self._limit(task)
-        if not task.atomic or ALONE.match(task.input) or (self.detours and _digest(task) in self.detours):
+        if self.ways.bare(task):
             return self._send(task, b"")
         outcome = self._send(task, PREFIX)
-        if outcome.code not in ("25001", "2D000") or outcome.committed or self.limits.cancelled:
+        if outcome.code not in REFUSED or outcome.committed or self.limits.cancelled:
             return outcome
-        _remember(task, self.detours)
+        self.ways.run_bare(task)
         self.ours.rewind(save=task.save)
         self._limit(task)
         return self._send(task, b"")
@@ -678,16 +654,6 @@ def _timed_out(task: Task, outcome: Outcome) -> Outcome:
         context=outcome.errors[0].context,
     )
     return Outcome(output=outcome.output, errors=(error,), notice=outcome.notice, encoding=outcome.encoding)
-
-
-def _remember(task: Task, inputs: set[bytes]) -> None:
-    if len(inputs) >= DETOURS:
-        inputs.clear()
-    inputs.add(_digest(task))
-
-
-def _digest(task: Task) -> bytes:
-    return hashlib.blake2b(task.input, digest_size=16).digest()
 
 
 @lru_cache(maxsize=64)

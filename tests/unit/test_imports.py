@@ -33,7 +33,7 @@ LAYERS = (
     {"worker.shared"},
     {"worker.finish", "worker.remote", "schema", "worker.progress"},
     {"objects", "worker.ours"},
-    {"worker.run"},
+    {"worker.run", "worker.ways"},
     {"store"},
     {"worker.session", "output"},
     {"telling"},
