@@ -1,4 +1,4 @@
-"""The commands `pgtask-master` and `pgtask`.
+"""The command `pgtask-master`; `pgtask` is user/commands.py.
 
 Here the command line becomes a configuration, and nothing else happens: the options are made from `settings.py`, and
 what is heavy is imported only by the command that needs it, so that `--help` answers at once. What the user got wrong
@@ -13,11 +13,9 @@ from typing import Any
 import click
 
 from pgtask import __version__, config
-from pgtask.command import FILE, HELP, Command, Group
+from pgtask.command import FILE, HELP, Command
 from pgtask.errors import OK
 from pgtask.settings import Setting, by_name
-from pgtask.user import agenda, completion, control, doctor, ends, import_cron, listing, purge, script, submit, why
-from pgtask.user.top import main as top
 
 
 def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,18 +62,3 @@ def master(conninfo: Sequence[str], file: Path | None, check: bool, print_config
     from pgtask.master import master as program
 
     return program.check(loaded) if check else program.main(loaded, load)
-
-
-@click.group("pgtask", cls=Group, context_settings=HELP)
-@click.version_option(__version__, prog_name="pgtask", message="%(prog)s %(version)s")
-def user() -> None:
-    """Look after task tables."""
-
-
-for module in (agenda, completion, doctor, import_cron, script, top, why):
-    user.add_command(module.command)
-for command in (
-    *(submit.submit, listing.list_, listing.show_, ends.wait, control.cancel, control.retry),
-    *(control.hold, control.release, purge.purge),
-):
-    user.add_command(command)

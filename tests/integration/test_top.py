@@ -35,7 +35,7 @@ from tests.fixtures.master import ROOT, Master
 from tests.fixtures.proxy import Proxy
 from tests.fixtures.wait import eventually
 
-COMMAND = [sys.executable, "-c", "from pgtask import cli; cli.user(prog_name='pgtask')", "top"]
+COMMAND = [sys.executable, "-c", "from pgtask.user import commands; commands.user(prog_name='pgtask')", "top"]
 LONG = 60.0
 """Seconds to wait for what comes within one on a machine that has nothing else to do."""
 

@@ -222,10 +222,9 @@ def test_tables_of_a_configuration_are_listed_together(filled: Database, capsys,
         f"[[database]]\nconninfo = {conninfo}\n"
         f'[[database]]\nconninfo = {conninfo}\nschema = "my schema"\ntable = \'ta"sk %s\'\n'
     )
-    from pgtask import cli
 
     with pytest.raises(SystemExit):
-        cli.user.main(["list", "--config", str(file), "--limit", "1", "--json"], prog_name="pgtask")
+        commands.user.main(["list", "--config", str(file), "--limit", "1", "--json"], prog_name="pgtask")
     rows = json.loads(capsys.readouterr().out)
     who = f"{filled.user}@{filled.name}"
     assert [(row["table"], row["input"]) for row in rows] == [

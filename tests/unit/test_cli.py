@@ -13,7 +13,7 @@ from pgtask.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 MASTER = ["-m", "pgtask"]
-USER = ["-c", "from pgtask import cli; cli.user(prog_name='pgtask')"]
+USER = ["-c", "from pgtask.user import commands; commands.user(prog_name='pgtask')"]
 
 
 def call(*command: str, **environ: str) -> subprocess.CompletedProcess[str]:

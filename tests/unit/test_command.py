@@ -9,9 +9,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from pgtask import cli
 from pgtask.command import Where, of_tables, printable, show, show_whole
 from pgtask.errors import STATUSES, UserError
+from pgtask.user import commands
 from pgtask.user.search import INTERVAL
 from tests.fixtures.command import PROGRAM, ROOT, start
 from tests.unit.test_cli import USER, call, refused
@@ -194,7 +194,7 @@ def test_full_disk_is_said() -> None:
 
 
 def test_every_command_answers_in_json_and_says_how_it_ends() -> None:
-    for name, command in cli.user.commands.items():
+    for name, command in commands.user.commands.items():
         options = {option for parameter in command.params for option in parameter.opts}
         assert "--json" in options, name
     assert set(STATUSES) == {0, 1, 2, 124, 130}

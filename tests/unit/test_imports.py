@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent.parent / "pgtask"
 
 LAYERS = (
     {"__main__"},
-    {"cli"},
+    {"cli", "user.commands"},
     {"user.submit", "user.control", "user.listing"},
     {"user.ends", "user.search", "user.purge", "user.completion"},
     {"master.master", "user.agenda", "user.doctor", "user.import_cron", "user.script", "user.top.main", "user.why"},
