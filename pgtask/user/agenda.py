@@ -8,10 +8,11 @@ import click
 
 from pgtask import cron
 from pgtask.coming import moment
-from pgtask.command import Where, as_json, asking, of_tables, print_json
 from pgtask.config import TableConfig
 from pgtask.errors import OK, UserError
 from pgtask.objects import Names
+from pgtask.user.shown import print_json
+from pgtask.user.where import Where, as_json, asking, of_tables
 
 WAITS, RUNS = ("PLAN", "WAIT"), ("TAKE", "WORK")
 SHOWN = "%Y-%m-%d %H:%M:%S%z %a"

@@ -19,13 +19,13 @@ from psycopg import Connection, RawCursor, conninfo
 from psycopg.rows import namedtuple_row
 
 from pgtask import schema
-from pgtask.command import one_line, open_async, settled
 from pgtask.config import TableConfig
 from pgtask.errors import UserError
 from pgtask.objects import INDEXES, SIDES, Names, identifier, literal
 from pgtask.settings import toml_text
 from pgtask.user import spoken
 from pgtask.user.spoken import several, size, span
+from pgtask.user.where import one_line, open_async, settled
 
 SEVERITIES = ("ok", "note", "warning", "error")
 

@@ -3,8 +3,9 @@
 import click
 from click.shell_completion import get_completion_class
 
-from pgtask.command import as_json, print_json
 from pgtask.errors import OK
+from pgtask.user.shown import print_json
+from pgtask.user.where import as_json
 
 SHELLS = ("bash", "zsh", "fish")
 

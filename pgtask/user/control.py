@@ -11,11 +11,13 @@ import click
 from psycopg import Connection, errors
 from psycopg.errors import Diagnostic
 
-from pgtask.command import Id, Where, as_json, asking, of_tables, print_json, printable, rows, show, told
+from pgtask.command import printable
 from pgtask.config import TableConfig
 from pgtask.errors import NO, OK, UserError
 from pgtask.objects import Names
 from pgtask.user.search import Search, filters
+from pgtask.user.shown import print_json, rows, show
+from pgtask.user.where import Id, Where, as_json, asking, of_tables, told
 
 REFUSED = (errors.NoDataFound, errors.UndefinedObject, errors.ObjectNotInPrerequisiteState, errors.UniqueViolation)
 """What the functions say of one task that cannot be cancelled or retried; others may be."""

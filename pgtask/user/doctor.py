@@ -13,9 +13,11 @@ import click
 from psycopg import Error
 
 from pgtask import config
-from pgtask.command import LAYOUT, Where, as_json, of_tables, one_line, open_session, print_json, printable
+from pgtask.command import LAYOUT, printable
 from pgtask.errors import OK, USER, UserError
 from pgtask.settings import did_you_mean
+from pgtask.user.shown import print_json
+from pgtask.user.where import Where, as_json, of_tables, one_line, open_session
 
 if TYPE_CHECKING:
     from pgtask.user.checks import Finding

@@ -11,11 +11,12 @@ from typing import Any
 import click
 from psycopg import Connection
 
-from pgtask.command import Id, Where, as_json, asking, echo_text, of_tables, print_json, rows
 from pgtask.config import TableConfig
 from pgtask.durations import interval_seconds
 from pgtask.errors import NO, OK, OVER, UserError
 from pgtask.objects import Names
+from pgtask.user.shown import echo_text, print_json, rows
+from pgtask.user.where import Id, Where, as_json, asking, of_tables
 
 SHORTEST, LONGEST = 0.01, 1.0
 """Seconds between two looks."""

@@ -13,11 +13,12 @@ import click
 from psycopg import Connection, Error, RawCursor, connect
 
 from pgtask import cron
-from pgtask.command import Where, as_json, of_tables, one_line, open_session, print_json
 from pgtask.config import TableConfig
 from pgtask.errors import OK, UserError
 from pgtask.objects import Names
 from pgtask.store import statements
+from pgtask.user.shown import print_json
+from pgtask.user.where import Where, as_json, of_tables, one_line, open_session
 
 SECONDS = re.compile(r"\s*\d+\s+seconds?\s*", re.IGNORECASE)
 """A schedule of pg_cron's that is an interval."""

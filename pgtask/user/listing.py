@@ -10,12 +10,13 @@ from typing import Any
 import click
 from psycopg import Connection
 
-from pgtask.command import Id, Where, as_json, note, of_tables, print_json, rows, show, show_whole
 from pgtask.config import TableConfig
 from pgtask.errors import NO, OK, UserError
 from pgtask.log import redact
 from pgtask.objects import STATES, Names
 from pgtask.user.search import Search, documents, filters, reading
+from pgtask.user.shown import note, print_json, rows, show, show_whole
+from pgtask.user.where import Id, Where, as_json, of_tables
 
 USUAL = ("id", "state", "group", "plan", "took", "code", "input")
 OF_FAILED = ("id", "group", "start", "attempt", "code", "error")

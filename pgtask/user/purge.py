@@ -12,10 +12,12 @@ from typing import Any
 import click
 from psycopg import Connection, Error, ProgrammingError, errors
 
-from pgtask.command import Where, as_json, asking, of_tables, print_json, printable, told
+from pgtask.command import printable
 from pgtask.config import TableConfig
 from pgtask.errors import INTERRUPTED, NO, OK, UserError
 from pgtask.objects import Names
+from pgtask.user.shown import print_json
+from pgtask.user.where import Where, as_json, asking, of_tables, told
 
 ENDED = ("DONE", "FAIL", "GONE", "STOP")
 

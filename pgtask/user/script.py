@@ -6,11 +6,12 @@ from collections.abc import Mapping
 import click
 from psycopg import Error
 
-from pgtask.command import Where, as_json, of_tables, one_line, open_async, print_json, settled
 from pgtask.config import TableConfig
 from pgtask.errors import OK, UserError
 from pgtask.objects import Names
 from pgtask.settings import LONGEST_NAME
+from pgtask.user.shown import print_json
+from pgtask.user.where import Where, as_json, of_tables, one_line, open_async, settled
 
 
 @click.command("sql", short_help="Print the script that makes or upgrades a task table.")

@@ -14,10 +14,11 @@ from typing import Any
 import click
 from psycopg import Connection
 
-from pgtask.command import asking, rows
 from pgtask.config import TableConfig
 from pgtask.log import redact
 from pgtask.objects import COLUMNS, Names, identifier
+from pgtask.user.shown import rows
+from pgtask.user.where import asking
 
 LONG = ("input", "output", "notice", "error")
 """Columns of which a list shows a line."""

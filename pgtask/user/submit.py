@@ -14,11 +14,13 @@ import click
 from psycopg import Connection
 
 from pgtask import cron
-from pgtask.command import FILE, Id, Where, as_json, asking, of_tables, print_json
+from pgtask.command import FILE
 from pgtask.config import TableConfig
 from pgtask.errors import INTERRUPTED, OK, UserError
 from pgtask.objects import COLUMNS, Names, identifier
 from pgtask.user import ends
+from pgtask.user.shown import print_json
+from pgtask.user.where import Id, Where, as_json, asking, of_tables
 
 GIVEN = (
     *("plan", "group", "max", "timeout", "active", "key", "data", "depend", "anyway", "retry", "backoff", "retry_on"),

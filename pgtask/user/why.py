@@ -16,12 +16,14 @@ from psycopg import Connection, Error, RawCursor, errors
 from psycopg.rows import namedtuple_row
 
 from pgtask.coming import moment
-from pgtask.command import LAYOUT, Id, Where, as_json, of_tables, one_line, open_session, print_json, printable, settled
+from pgtask.command import LAYOUT, printable
 from pgtask.config import TableConfig
 from pgtask.errors import OK, UserError
 from pgtask.objects import Names, literal
 from pgtask.user import spoken
+from pgtask.user.shown import print_json
 from pgtask.user.spoken import clock, several, span
+from pgtask.user.where import Id, Where, as_json, of_tables, one_line, open_session, settled
 
 BLOCKED = 1
 """The exit status where something is in the task's way, or it has ended otherwise than DONE."""

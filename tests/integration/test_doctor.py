@@ -19,10 +19,10 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from pgtask import config, embedded
-from pgtask.command import Where, open_session
 from pgtask.settings import toml_text
 from pgtask.user import checks
 from pgtask.user.checks import Finding, Limits, Look
+from pgtask.user.where import Where, open_session
 from tests.fault.test_clock import make_clock, set_clock
 from tests.fixtures import locks
 from tests.fixtures.catalog import install

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from pgtask import config
+from pgtask.user import commands
 from pgtask.user.search import Search
 from tests.fixtures.catalog import install
 from tests.fixtures.command import Answer, at_terminal

@@ -9,10 +9,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from pgtask.command import Where, of_tables, printable, show, show_whole
+from pgtask.command import printable
 from pgtask.errors import STATUSES, UserError
 from pgtask.user import commands
 from pgtask.user.search import INTERVAL
+from pgtask.user.shown import show, show_whole
+from pgtask.user.where import Where, of_tables
 from tests.fixtures.command import PROGRAM, ROOT, start
 from tests.unit.test_cli import USER, call, refused
 

@@ -20,7 +20,7 @@ LAYERS = (
     {"user.top.views"},
     {"user.top.words"},
     {"user.top.look"},
-    {"command", "master.keeper"},
+    {"user.where", "user.shown", "master.keeper"},
     {"monitor.monitor"},
     {"monitor.gauges"},
     {"master.poller"},
@@ -42,6 +42,7 @@ LAYERS = (
     {"cron", "durations", "log"},
     {"sinks"},
     {"lines"},
+    {"command"},
     {"errors", "events", "pace"},
 )
 """From the top; a module imports from lower layers only, never from its own."""

@@ -19,11 +19,11 @@ from typing import Any
 import psycopg
 from psycopg import Connection, RawCursor, conninfo
 
-from pgtask.command import one_line
 from pgtask.config import TableConfig
 from pgtask.errors import UserError
 from pgtask.log import redact
 from pgtask.objects import Names, literal
+from pgtask.user.where import one_line
 
 NAME = "pgtask top"
 """What pg_stat_activity calls our sessions."""

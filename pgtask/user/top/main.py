@@ -11,12 +11,13 @@ from typing import Any
 
 import click
 
-from pgtask.command import Where, as_json, of_tables, print_json
 from pgtask.config import TableConfig
 from pgtask.errors import OK
+from pgtask.user.shown import print_json
 from pgtask.user.top.look import Sight, Watch
 from pgtask.user.top.page import page
 from pgtask.user.top.views import short_names
+from pgtask.user.where import Where, as_json, of_tables
 
 SHORTEST = 0.1
 """Seconds between two looks, at least."""

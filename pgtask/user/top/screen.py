@@ -26,7 +26,6 @@ from textual.screen import ModalScreen
 from textual.theme import Theme
 from textual.widgets import DataTable, Input, Static
 
-from pgtask.command import one_line
 from pgtask.config import TableConfig
 from pgtask.errors import OK, UserError
 from pgtask.log import redact
@@ -35,6 +34,7 @@ from pgtask.user.top.look import Watch
 from pgtask.user.top.summary import Part, summary
 from pgtask.user.top.views import VIEWS, Order, Row, View, chosen, columns_of, first_order, listed, short_names, widths
 from pgtask.user.top.words import clean, fit, spark
+from pgtask.user.where import one_line
 
 TICK = 1.0
 """Seconds after which the screen is drawn anew although nothing was read: ages grow."""
