@@ -5,38 +5,24 @@
 
 -- name: backlog — the due rows, at most $1, that have waited longest: how many, since when (seconds); of each of the $2
 -- groups that have most of them and of all others together (null)
-WITH due AS MATERIALIZED (
-    SELECT left(t."group", 60) AS "group", t.plan
+WITH seen AS MATERIALIZED (
+    SELECT left(t."group", 60) AS "group", t.plan AS since
     FROM {task} AS t
     WHERE t.state = 'PLAN' AND t.plan <= statement_timestamp()
     ORDER BY t.plan, t.id
     LIMIT $1::int
-), counted AS (
-    SELECT d."group", count(*) AS tasks, min(d.plan) AS since, row_number() OVER (ORDER BY count(*) DESC, d."group") AS place
-    FROM due AS d
-    GROUP BY 1
 )
-SELECT convert_to(CASE WHEN c.place <= $2::int THEN c."group" END, getdatabaseencoding()), sum(c.tasks)::bigint,
-    date_part('epoch', statement_timestamp()) - date_part('epoch', min(c.since))
-FROM counted AS c
-GROUP BY 1;
+{by_group};
 
 -- name: in_use — the same of the slots in use: and how long ago the longest of the runs began
-WITH used AS MATERIALIZED (
-    SELECT left(t."group", 60) AS "group", CASE WHEN t.state = 'WORK' THEN t.start END AS start
+WITH seen AS MATERIALIZED (
+    SELECT left(t."group", 60) AS "group", CASE WHEN t.state = 'WORK' THEN t.start END AS since
     FROM {task} AS t
     WHERE t.state IN ('TAKE', 'WORK')
     ORDER BY {lane}
     LIMIT $1::int
-), counted AS (
-    SELECT u."group", count(*) AS tasks, min(u.start) AS since, row_number() OVER (ORDER BY count(*) DESC, u."group") AS place
-    FROM used AS u
-    GROUP BY 1
 )
-SELECT convert_to(CASE WHEN c.place <= $2::int THEN c."group" END, getdatabaseencoding()), sum(c.tasks)::bigint,
-    date_part('epoch', statement_timestamp()) - date_part('epoch', min(c.since))
-FROM counted AS c
-GROUP BY 1;
+{by_group};
 
 -- name: at_rest — how many rows, at most $1, are planned for later, and how many wait for others; and the current term
 SELECT (

@@ -172,3 +172,15 @@ least((SELECT s.plan FROM place AS s), i.now - interval '1 second')::text AS pla
         WHEN t.state::text IN ('DONE', 'GONE', 'STOP') THEN $4::float8
         WHEN t.state::text = 'FAIL' THEN $5::float8
     END)
+
+-- name: by_group — for monitor.sql: how many rows were `seen`, and since when, of each of the $2 groups that have most of
+-- them and of all others together (null)
+, counted AS (
+    SELECT s."group", count(*) AS tasks, min(s.since) AS since, row_number() OVER (ORDER BY count(*) DESC, s."group") AS place
+    FROM seen AS s
+    GROUP BY 1
+)
+SELECT convert_to(CASE WHEN c.place <= $2::int THEN c."group" END, getdatabaseencoding()), sum(c.tasks)::bigint,
+    date_part('epoch', statement_timestamp()) - date_part('epoch', min(c.since))
+FROM counted AS c
+GROUP BY 1
