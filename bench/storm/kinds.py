@@ -70,6 +70,18 @@ KINDS = (
     Kind(name="told", weight=8, input=f"{ENTRY}; {SLEEP}; SELECT 'said by ' || '{{key}}'"),
     Kind(name="failing", weight=8, input=f"{ENTRY}; {SLEEP}; SELECT 1 / 0", code="22012"),
     Kind(name="deferred", weight=8, input=f"{ENTRY}; {SLEEP}; INSERT INTO promise VALUES ('{{key}}')", code="23503"),
+    # One statement each: these are sent while the run before is being committed.
+    Kind(name="single", weight=28, input=f"WITH entry AS ({ENTRY}) {SLEEP}", columns=KEPT),
+    Kind(name="single silent", weight=16, input="SELECT enter('{key}') UNION ALL SELECT rest({ms})", silent=True),
+    Kind(
+        name="single failing", weight=8, input=f"WITH entry AS ({ENTRY}) {SLEEP}, 1 / (random() < 0)::int", code="22012"
+    ),
+    Kind(
+        name="single deferred",
+        weight=8,
+        input=f"WITH entry AS ({ENTRY}), rest AS ({SLEEP}) INSERT INTO promise SELECT '{{key}}' FROM rest",
+        code="23503",
+    ),
     Kind(
         name="loose",
         weight=12,
