@@ -15,6 +15,7 @@ from tests.fixtures.locks import WAIT, held, wait_runs
 from tests.fixtures.master import Master
 from tests.fixtures.monitor import Monitor
 from tests.fixtures.server import AnyServer
+from tests.fixtures.wait import eventually
 
 Run = Callable[..., dict[str, Any]]
 CSV = {"delimiter": ",", "quote": '"', "escape": '"'}
@@ -155,7 +156,7 @@ def test_copy_of_many_rows_is_kept_to_the_last(run: Run, format: str) -> None:
     row = run(f"COPY (SELECT g, repeat('x', 50) FROM generate_series(1, 100000) AS g) TO STDOUT (FORMAT {format})")
     between = "\t" if format == "text" else ","
     assert output(row) == "".join(f"{n}{between}{'x' * 50}\n" for n in range(1, 100001))
-    assert (row["stop"] - row["start"]).total_seconds() < 10
+    assert (row["stop"] - row["start"]).total_seconds() < 20
 
 
 def test_many_rows_are_kept_to_the_last(run: Run) -> None:
@@ -405,9 +406,8 @@ def test_sql_ascii_database_keeps_every_byte(server: AnyServer, master: Callable
             return session.execute(query.encode()).fetchall()[0][1]
 
         good, bad = insert(b"SELECT '\xff\xe4', '\xc3\xa4'"), insert(b"SELECT '\xff', nope")
-        for id in (good, bad):
-            while session.execute(f"SELECT stop FROM task WHERE id = {id}".encode()).fetchall() == [(None,)]:
-                pass
+        query = f"SELECT count(stop) FROM task WHERE id IN ({good}, {bad})".encode()
+        eventually(lambda: session.execute(query).fetchall() == [(2,)])
         assert text(good, "output") == b"?column?\t?column?\n\xff\xe4\t\xc3\xa4"
         assert text(bad, "error") == (
             b"ERROR:  column \"nope\" does not exist at character 13\nSTATEMENT:  SELECT '\xff', nope"
@@ -433,6 +433,7 @@ def test_group_that_is_no_text_in_utf8_is_rescued_and_counted_like_any_other(
             os.kill(worker, SIGKILL)
             [line] = one.wait_log(" task_failed ")
             assert "group=\ufffd " in line
-        assert session.execute("SELECT state::text FROM task").fetchall() in ([("FAIL",)], [(b"FAIL",)])
+        # The master says it before it commits.
+        eventually(lambda: session.execute("SELECT state::text FROM task").fetchall() in ([("FAIL",)], [(b"FAIL",)]))
         assert not one.logged("table_down")
         one.stop()
