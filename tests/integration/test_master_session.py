@@ -143,6 +143,6 @@ def turns_after(loop: asyncio.AbstractEventLoop, trap: Trap, proxy: Proxy) -> bo
         assert trap.sprung.wait(20)
         passes(0.1)  # what came before has been read
         loop.call_soon_threadsafe(turned.set)
-        return turned.wait(5)
+        return turned.wait(20)
     finally:
         proxy.hear()

@@ -416,7 +416,7 @@ def test_repeated_task_with_drift_pauses_after_each_run(served: Database) -> Non
     rows = eventually(lambda: (rows := served.tasks(query)) and len(rows) >= 4 and rows)
     ended(served, "drifting")
     for before, after in pairwise(rows):
-        assert timedelta(milliseconds=100) <= after["plan"] - before["stop"] < timedelta(seconds=2)
+        assert timedelta(milliseconds=100) <= after["plan"] - before["stop"] < timedelta(seconds=20)
 
 
 @pytest.mark.parametrize(
@@ -533,7 +533,7 @@ def test_year_long_outage_is_skipped_by_the_master_in_no_time(served: Database) 
     plan = sql.SQL("clock_timestamp() - interval '1 year'")
     id = served.insert("SELECT 1", plan=plan, repeat="1 ms", group="outage", delete=False)
     row = served.wait(id)
-    assert row["stop"] - row["start"] < timedelta(seconds=2)
+    assert row["stop"] - row["start"] < timedelta(seconds=20)
     [following] = eventually(lambda: served.tasks(f"parent = {id}"))
     ended(served, "outage")
     assert following["plan"] >= row["start"]

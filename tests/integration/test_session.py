@@ -28,13 +28,13 @@ def session(database: Database) -> Iterator[Session]:
         "CREATE TABLE parent (id int PRIMARY KEY);"
         "CREATE TABLE child (id int REFERENCES parent DEFERRABLE INITIALLY DEFERRED)"
     )
-    one = Session.open(database.conninfo, Waiter(), timeout=10, stop=lambda: False)
+    one = Session.open(database.conninfo, Waiter(), timeout=20, stop=lambda: False)
     yield one
     one.close()
 
 
 def values(session: Session, *texts: str) -> list[bytes | None]:
-    return [one.get_value(0, 0) for one in session.pipeline([Step(text.encode()) for text in texts], timeout=10)]
+    return [one.get_value(0, 0) for one in session.pipeline([Step(text.encode()) for text in texts], timeout=20)]
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -42,7 +42,7 @@ def test_error_as_late_as_the_end_of_a_pipeline_is_that_of_its_last_statement(se
     steps = [Step(b"SELECT 1"), Step(b"INSERT INTO child VALUES (1)", plain=plain), SYNC, Step(b"SELECT 2")]
     for _ in range(2):
         with pytest.raises(StatementFailed) as failed:
-            session.pipeline(steps, timeout=10)
+            session.pipeline(steps, timeout=20)
         assert (failed.value.step, failed.value.code) == (1, "23503")
         assert session.idle
         assert values(session, "SELECT 3", "SELECT 4") == [b"3", b"4"]
@@ -51,7 +51,7 @@ def test_error_as_late_as_the_end_of_a_pipeline_is_that_of_its_last_statement(se
 def test_statements_prepared_after_a_failed_part_keep_names_of_their_own(session: Session) -> None:
     steps = [Step(b"SELECT 1/0"), Step(b"SELECT 1"), SYNC, Step(b"SELECT 2")]
     with pytest.raises(StatementFailed) as failed:
-        session.pipeline(steps, timeout=10)
+        session.pipeline(steps, timeout=20)
     assert (failed.value.step, failed.value.code) == (0, "22012")
     texts = [f"SELECT {number}" for number in range(1, 20)]
     for _ in range(2):

@@ -125,7 +125,7 @@ def test_json_has_every_value_as_it_is(filled: Database, pgtask: Command, monkey
     ],
 )
 def test_what_is_wrong_is_one_line(filled: Database, pgtask: Command, options: tuple[str, ...], message: str) -> None:
-    limit = " options='-c statement_timeout=200'" if "pg_sleep" in options[-1] else ""
+    limit = " options='-c statement_timeout=1000'" if "pg_sleep" in options[-1] else ""
     said = pgtask("list", filled.conninfo + limit, *options)
     assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
     assert message in said.err

@@ -73,7 +73,7 @@ def answer() -> Iterator[tuple[int, Callable[[], object]]]:
     reader, writer = os.pipe()
 
     def read() -> object:
-        assert select.select([reader], [], [], 10)[0], "the child said nothing"
+        assert select.select([reader], [], [], 20)[0], "the child said nothing"
         return json.loads(os.read(reader, 65536))
 
     yield writer, read
@@ -386,4 +386,4 @@ def test_title_is_one_printable_line(family: Family, text: str, shown: str) -> N
         return pause()
 
     pid = family.fork(main)
-    eventually(lambda: Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode() == shown, timeout=10)
+    eventually(lambda: Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode() == shown)
