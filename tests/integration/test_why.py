@@ -21,6 +21,7 @@ from tests.fixtures import locks
 from tests.fixtures.catalog import install
 from tests.fixtures.database import Database
 from tests.fixtures.master import Master
+from tests.fixtures.processes import processes, title
 from tests.fixtures.wait import eventually
 from tests.unit.test_cli import USER, call, refused
 
@@ -89,6 +90,7 @@ def busy(served: Database) -> Iterator[Callable[..., int]]:
         def start(**columns: Any) -> int:
             ids.append(served.insert(locks.WAIT, **{"delete": False} | columns))
             served.wait(ids[-1], "WORK")
+            locks.wait_runs(served, len(ids))
             return ids[-1]
 
         yield start
@@ -282,6 +284,7 @@ def test_running_task_tells_its_session_and_progress(served: Database) -> None:
     with locks.held(served):
         id = served.insert(f"SELECT task_progress(40, 'half way'); {locks.WAIT}", timeout="1 h", group="running")
         eventually(lambda: "progress" in dict(asked(served, id).facts))
+        locks.wait_runs(served)
         answer = asked(served, id)
         facts = dict(answer.facts)
         assert re.fullmatch("40 %: half way, .* ago", facts["progress"])
@@ -373,8 +376,8 @@ def test_no_master_and_what_it_has_left_behind(database: Database, master: Calla
         [backend] = database.execute("SELECT backend FROM task_master")[0]
         for pid in [one.pid, *one.workers()]:
             os.kill(pid, SIGKILL)
-        database.admin_execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid IN (%s, %s)",
+        database.admin_execute(  # until they are gone
+            "SELECT pg_terminate_backend(pid, 20000) FROM pg_stat_activity WHERE pid IN (%s, %s)",
             [backend, (database.task(running) or {})["pid"]],
         )
         answer = with_reason(database, running, "lost")
@@ -392,15 +395,17 @@ def test_masters_lock_in_strange_hands(database: Database) -> None:
     text = f'its lock is held by session {session.info.backend_pid} of {database.user} "stranger"'
     assert text in answer.sentence
     mend(database, answer, "no master")
-    assert "no master serves the table." in without(database, id, "stranger").sentence
+    eventually(lambda: "no master serves the table." in asked(database, id).sentence)
 
 
 def test_master_that_waits_itself(database: Database, master: Callable[..., Master]) -> None:
     one = master(database.conninfo)
     one.may_log_errors = True
     session = database.connect(autocommit=False)
-    id = database.insert("SELECT 1", plan=sql.SQL("clock_timestamp() + interval '500 ms'"), delete=False)
+    database.execute("SELECT task_hold('late')")  # until the table is locked
+    id = database.insert("SELECT 1", group="late", delete=False)
     session.execute("LOCK TABLE task IN EXCLUSIVE MODE")
+    database.execute("SELECT task_release('late')")
     answer = with_reason(database, id, "master waits")
     assert f"a lock (relation) that session {session.info.backend_pid} has" in answer.sentence
     mend(database, answer, "master waits")
@@ -420,8 +425,9 @@ def test_limits_of_the_configuration(database: Database, master: Callable[..., M
         assert "all 1 workers are busy (workers)" in answer.sentence
         caps = Caps(workers=1000, run=1, safety=CAPS.safety, sleep=CAPS.sleep)
         assert "its table has 1 run, and may have 1 (run)" in asked(database, id, caps).sentence
-        answer = asked(database, id, None)
-        assert not answer.in_the_way
+        # Until it has looked and found no worker, the master still sleeps.
+        answer = eventually(lambda: a if not (a := asked(database, id, None)).in_the_way else None)
+        assert answer is not None
         assert "nothing that the database knows of is in its way" in answer.sentence
         file = tmp_path / "master0.toml"
         done = call(*USER, "why", str(id), "--config", str(file), "--json")
@@ -456,16 +462,30 @@ def test_master_that_nobody_wakes(database: Database, master: Callable[..., Mast
     master(config=text.format(database.conninfo.replace("'", "''"))).wait_log("leading")
     eventually(lambda: database.execute("SELECT 1 FROM pg_stat_activity WHERE application_name = 'pgtask master'"))
     eventually(lambda: not asked(database, database.insert("SELECT 1", plan="infinity")).reasons)
-    id = database.insert("SELECT 1")
-    answer = with_reason(database, id, "not woken")
+    ids = [database.insert("SELECT 1", delete=False)]
+
+    def overslept() -> Answer | None:
+        """Of the last task; another, if its first look, or one after a run, was late and found it."""
+        answer = asked(database, ids[-1])
+        if answer.state == "DONE":
+            ids.append(database.insert("SELECT 1", delete=False))
+        return answer if "not woken" in reasons(answer) else None
+
+    answer = eventually(overslept, 60)
+    assert answer is not None
     assert "no insert wakes the master (trigger pgtask_wake is not there)" in answer.sentence
+
+
+def waits(worker: int) -> bool:
+    """Has the worker told its master that it is idle? It shows so before, and then sleeps for the first time."""
+    return title(worker).endswith(" idle") and any(one.pid == worker and one.state == "S" for one in processes())
 
 
 def test_task_that_is_taken_and_not_begun(database: Database, master: Callable[..., Master]) -> None:
     text = "[master]\nlinger = '10 min'\n[[database]]\nconninfo = '{}'\n"
     one = master(config=text.format(database.conninfo.replace("'", "''")))
     database.wait(database.insert("SELECT 1", delete=False))
-    [worker] = eventually(one.workers)
+    worker = eventually(lambda: next((pid for pid in one.workers() if waits(pid)), 0))
     os.kill(worker, SIGSTOP)
     try:
         id = database.insert("SELECT 1", delete=False)
@@ -518,8 +538,10 @@ def test_question_reads_little_of_a_large_table(database: Database) -> None:
         FROM generate_series(1, 100000) AS n"""
     )
     id = database.insert("SELECT 1", group="g0")
+    locks.wait_alone(database)
     before = database.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'task'")
     answer = asked(database, id)
     assert "no master" in reasons(answer)
+    locks.wait_alone(database)
     database.execute("SELECT pg_stat_clear_snapshot()")
     assert database.execute("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'task'") == before
