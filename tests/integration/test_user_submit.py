@@ -15,8 +15,9 @@ Command = Callable[..., Answer]
 
 
 def looks(database: Database, program: str) -> bool:
-    """Does a session of that name look whether tasks have ended?"""
-    query = "SELECT query ~ 'ORDINALITY' FROM pg_stat_activity WHERE application_name = %s AND datname = %s"
+    """Has a session of that name looked whether tasks have ended, and looks again after a pause?"""
+    query = """SELECT query ~ 'ORDINALITY' AND state = 'idle' FROM pg_stat_activity
+        WHERE application_name = %s AND datname = %s"""
     return (True,) in database.admin_execute(query, [program, database.name])
 
 
