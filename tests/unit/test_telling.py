@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,6 @@ import pytest
 from pgtask import log, telling
 from pgtask.config import load
 from pgtask.telling import Quota, Telling, shared
-from tests.fixtures.locks import passes
 
 Lines = Callable[[], list[dict[str, Any]]]
 
@@ -31,7 +32,6 @@ def made(**settings: object) -> Telling:
 
 
 def test_bound_holds_for_all_processes_that_were_forked_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telling, "WINDOW", 0.5)
     quota = Quota(3, *shared(1))
     assert quota.next_look() == math.inf
     for _ in range(4):
@@ -39,7 +39,8 @@ def test_bound_holds_for_all_processes_that_were_forked_with_it(monkeypatch: pyt
             os._exit(sum(quota.admits() for _ in range(5)))
         os.waitpid(pid, 0)
     assert quota.beyond() == 17
-    passes(0.5)
+    later = time.monotonic() + telling.WINDOW
+    monkeypatch.setattr(telling, "time", SimpleNamespace(monotonic=lambda: later))
     assert [quota.admits() for _ in range(5)] == [True, True, True, False, False]
     assert quota.next_look() < math.inf
     assert (quota.beyond(), quota.beyond()) == (2, 0)
