@@ -23,7 +23,7 @@ STATEMENTS = {"backlog": (BOUND, 20), "in_use": (BOUND, 20), "at_rest": (BOUND,)
 BALLAST = {
     "finished": "now() - interval '1 min', 'DONE', NULL",
     "failed": "now() - interval '1 min', 'FAIL', NULL",
-    "planned": "now() + n * interval '1 s', 'PLAN', NULL",
+    "planned": "now() + interval '1 h' + n * interval '1 s', 'PLAN', NULL",
     "due": "now() - n * interval '1 ms', 'PLAN', NULL",
     "running": "now(), 'WORK', NULL",
     "waiting": "now(), 'WAIT', '{0}'",

@@ -24,10 +24,12 @@ BALLAST = {
         "SELECT now() - interval '2 min', 'g' || mod(n, 10), 0, 'SELECT 1', 'DONE' FROM generate_series(1, %s) AS n"
     ),
     "planned for the future in one group": (
-        "SELECT now() + n * interval '1 s', 'g1', mod(n, 3), 'SELECT 1', 'PLAN' FROM generate_series(1, %s) AS n"
+        "SELECT now() + interval '1 h' + n * interval '1 s', 'g1', mod(n, 3), 'SELECT 1', 'PLAN'"
+        " FROM generate_series(1, %s) AS n"
     ),
     "planned for the future, a group each": (
-        "SELECT now() + n * interval '1 s', 'f' || n, 0, 'SELECT 1', 'PLAN' FROM generate_series(1, %s) AS n"
+        "SELECT now() + interval '1 h' + n * interval '1 s', 'f' || n, 0, 'SELECT 1', 'PLAN'"
+        " FROM generate_series(1, %s) AS n"
     ),
     "due in a full group": (
         "SELECT now() - interval '1 s' - n * interval '1 ms', 'full', 0, 'SELECT 1', 'PLAN'"

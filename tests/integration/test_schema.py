@@ -368,7 +368,8 @@ def test_another_reason_is_logged_again(database: Database, master: Callable[...
     one.wait_log("table_down.*has type integer")
     database.execute("DROP TABLE task")
     one.wait_log("leading")
-    assert len(one.logged("table_down")) == 2
+    # A look just while the table is dropped may have a reason of its own.
+    assert [len(one.logged(f"table_down.*{reason}")) for reason in ("is not a table", "has type integer")] == [1, 1]
 
 
 # Together
