@@ -320,7 +320,7 @@ def test_row_stopped_without_a_word_undoes_a_run_whose_snapshot_is_older(base: S
         "default_transaction_read_only = on",
         "default_transaction_isolation = 'serializable'",
         "default_transaction_deferrable = on",
-        "statement_timeout = 20",
+        "statement_timeout = 20000",
         "lock_timeout = 1",
         "search_path = nowhere",
         "search_path = ''",
@@ -394,7 +394,7 @@ def test_short_statement_timeout_does_not_cost_a_large_result(base: Served) -> N
 
 def test_local_settings_cost_nothing_either(base: Served) -> None:
     row = base.then_next(
-        "SET LOCAL statement_timeout = 20; SET LOCAL search_path = nowhere; SET LOCAL lock_timeout = 1"
+        "SET LOCAL statement_timeout = 20000; SET LOCAL search_path = nowhere; SET LOCAL lock_timeout = 1"
     )
     assert (row["state"], row["output"]) == ("DONE", "SET\nSET\nSET")
 
@@ -814,6 +814,7 @@ def test_table_that_is_dropped_for_good_is_made_again_and_serves(
         database.insert("DROP TABLE task; DROP TABLE task_master; COMMIT")
         one.master.wait_log(r"schema_changed.*create table public\.task\"", 2)
         one.master.wait_log(r"\bleading\b.*table=", 2)
+        one.master.wait_log(r"run_disowned|worker_ended")  # the run that did it is over
         one.then_next("SELECT 1")
         one.master.may_log_errors = True
 

@@ -310,7 +310,7 @@ def test_runs_of_a_former_calendar_count_for_nothing(served: Database) -> None:
     id = served.insert(
         "SELECT 1", plan=first, first=first, attempts=Jsonb(earlier), cron="0 0 1 1 *", zone="UTC", delete=False
     )
-    served.execute("UPDATE task SET cron = '*/10 * * * *' WHERE id = %s", [id])
+    served.execute("UPDATE task SET cron = '0 */6 * * *' WHERE id = %s", [id])
     eventually(lambda: (served.task(id) or {})["first"] not in (None, first))
     served.execute("UPDATE task SET plan = clock_timestamp() WHERE id = %s", [id])
     served.wait(id, "DONE")

@@ -223,7 +223,7 @@ def test_parent_is_null_outside_of_a_task(served: Database, value: str) -> None:
 
 def test_task_does_not_start_before_its_plan(run: Run) -> None:
     row = run("SELECT 1", plan=sql.SQL("clock_timestamp() + interval '300 ms'"))
-    assert row["plan"] <= row["start"] <= row["plan"] + timedelta(seconds=5)
+    assert row["plan"] <= row["start"] <= row["plan"] + timedelta(seconds=20)
 
 
 def test_plan_in_the_past_starts_at_once(run: Run) -> None:
@@ -339,16 +339,16 @@ def test_task_without_repeat_is_followed_by_nothing(run: Run, served: Database) 
 
 
 def test_run_that_exceeds_its_timeout_fails(run: Run) -> None:
-    row = run("SELECT 1; SELECT pg_sleep(10)", timeout="150 ms")
+    row = run("SELECT 1; SELECT pg_sleep(60)", timeout="2 s")
     assert (row["state"], row["code"], row["output"]) == ("FAIL", "57014", "1")
     assert row["error"].startswith("ERROR:  canceling statement due to statement timeout\n")
-    assert timedelta(milliseconds=140) <= row["stop"] - row["start"] < timedelta(seconds=5)
+    assert timedelta(milliseconds=1900) <= row["stop"] - row["start"] < timedelta(seconds=20)
 
 
 def test_timeout_bounds_the_whole_run_and_not_each_statement(run: Run) -> None:
-    row = run("SELECT pg_sleep(0.15); SELECT pg_sleep(0.15); SELECT pg_sleep(10)", timeout="400 ms")
+    row = run("SELECT pg_sleep(0.15); SELECT pg_sleep(0.15); SELECT pg_sleep(60)", timeout="400 ms")
     assert (row["state"], row["code"]) == ("FAIL", "57014")
-    assert row["stop"] - row["start"] < timedelta(seconds=5)
+    assert row["stop"] - row["start"] < timedelta(seconds=20)
 
 
 def test_run_within_its_timeout_is_not_disturbed(run: Run) -> None:
@@ -452,8 +452,9 @@ def test_only_plan_is_run(served: Database, state: str) -> None:
 
 
 def test_stopped_task_is_not_run_until_it_is_set_back(served: Database) -> None:
-    id = served.insert("SELECT 1", plan=sql.SQL("clock_timestamp() + interval '1 s'"), delete=False)
-    served.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
+    id = served.insert("SELECT 1", plan=NEVER, delete=False)
+    change = "UPDATE task SET state = 'STOP', plan = clock_timestamp() + interval '1 s' WHERE id = %s"
+    served.execute(change, [id])
     passes(1.1)
     row = served.task(id)
     assert row is not None

@@ -268,6 +268,12 @@ def backend_xmin(base: Served, session: psycopg.Connection[Any]) -> int | None:
     return base.database.admin_execute(query, [session.info.backend_pid])[0][0]
 
 
+def looks(base: Served, session: psycopg.Connection[Any]) -> None:
+    """Until it has looked at its tasks at least once: it sleeps between two looks."""
+    query = "SELECT FROM pg_stat_activity WHERE pid = %s AND wait_event = 'PgSleep'"
+    eventually(lambda: base.database.admin_execute(query, [session.info.backend_pid]))
+
+
 def test_task_is_run_and_its_end_waited_for(base: Served, user: psycopg.Connection[Any]) -> None:
     done = call(user, "task_run('SELECT 6 * 7')")
     assert rows(user, "task_wait(%s::bigint)", done) == [(done, "DONE", "42", None, None, None)]
@@ -345,7 +351,8 @@ def test_task_that_is_removed_while_it_is_waited_for_is_done(
         wait_runs(base.database)
         waiting = background.submit(rows, user, "task_wait(%s::bigint)", id)
         awaiting = background.submit(lambda: other.execute("CALL task_await(%s)", [id]).fetchall())
-        eventually(lambda: backend_xmin(base, user) and backend_xmin(base, other))
+        for session in (user, other):
+            looks(base, session)
     expected = [(id, "DONE", None, None, None, None)]
     assert (waiting.result(timeout=20), awaiting.result(timeout=20)) == (expected, expected)
 
@@ -429,8 +436,9 @@ def test_await_does_not_hold_back_vacuum_as_wait_does(base: Served, background: 
             background.submit(lambda: waits.execute("SELECT state FROM task_wait(%s)", [id]).fetchall()),
             background.submit(lambda: awaits.execute("CALL task_await(%s)", [id]).fetchall()),
         ]
+        for session in (waits, awaits):
+            looks(base, session)
         since = eventually(lambda: backend_xmin(base, waits))
-        eventually(lambda: backend_xmin(base, awaits))
         for _ in range(10):
             database.execute("INSERT INTO effect VALUES ('xmin')")
         eventually(lambda: (backend_xmin(base, awaits) or 0) >= since + 10)
@@ -456,7 +464,7 @@ def heeded(base: Served) -> Callable[..., None]:
 
 def runs(database: Database, **columns: Any) -> dict[str, Any]:
     """The end of a task that is inserted now: whatever was to be begun before it, would have been begun."""
-    return database.wait(database.insert("SELECT 1", **{"delete": False} | columns), timeout=10)
+    return database.wait(database.insert("SELECT 1", **{"delete": False} | columns))
 
 
 def test_held_group_ends_its_runs_and_begins_nothing_until_it_is_released(
@@ -489,7 +497,8 @@ def test_held_backlog_hides_no_other_group_and_lets_the_master_sleep(base: Serve
     falls_asleep(database)
     assert database.execute("SELECT count(*) FROM task WHERE \"group\" = 'backlog' AND state = 'PLAN'") == [(1000,)]
     heeded("task_release('backlog')")
-    eventually(lambda: not database.tasks("\"group\" = 'backlog' AND state IN ('PLAN', 'TAKE', 'WORK')"))
+    left = "\"group\" = 'backlog' AND state IN ('PLAN', 'TAKE', 'WORK')"
+    eventually(lambda: not database.tasks(left), timeout=60)
     database.execute("DELETE FROM task WHERE \"group\" = 'backlog'")
 
 

@@ -12,6 +12,7 @@ from psycopg import sql
 from pgtask import settings
 from tests.fixtures.catalog import install
 from tests.fixtures.database import Database
+from tests.fixtures.locks import held, wait_runs
 from tests.fixtures.master import Master
 from tests.fixtures.wait import eventually
 
@@ -216,11 +217,13 @@ def test_setting_of_the_role_reaches_a_worker_that_goes_from_task_to_task(
 ) -> None:
     database.execute(f"ALTER ROLE \"{database.user}\" SET work_mem = '5MB'")
     master(database.conninfo)
-    ask = "COPY (SELECT current_setting('work_mem') FROM pg_sleep(0.05)) TO STDOUT"
-    database.execute("INSERT INTO task (input, delete) SELECT %s, false FROM generate_series(1, 60)", [ask])
-    eventually(lambda: database.tasks("state = 'DONE'"))
-    database.execute(f"ALTER ROLE \"{database.user}\" SET work_mem = '6MB'")
-    eventually(lambda: database.execute("SELECT count(*) FROM task WHERE state <> 'DONE'") == [(0,)])
+    wait = "pg_sleep(0.05), pg_advisory_xact_lock_shared(7000)"
+    ask = f"COPY (SELECT current_setting('work_mem') FROM {wait}) TO STDOUT"
+    with held(database):
+        database.execute("INSERT INTO task (input, delete) SELECT %s, false FROM generate_series(1, 60)", [ask])
+        wait_runs(database)
+        database.execute(f"ALTER ROLE \"{database.user}\" SET work_mem = '6MB'")
+    eventually(lambda: database.execute("SELECT count(*) FROM task WHERE state <> 'DONE'") == [(0,)], timeout=40)
     outputs = [row["output"] for row in database.tasks()]
     assert set(outputs) == {"5MB\n", "6MB\n"}
     assert outputs == sorted(outputs), "once new, it stays so"

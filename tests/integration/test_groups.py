@@ -179,6 +179,7 @@ def test_max_is_no_priority_between_groups(serve: Callable[..., Database]) -> No
         database.wait(blocker, "WORK")
         [old] = insert(database, 1, "SELECT 1", group="old", plan=ago(1, "min"))
         [new] = insert(database, 1, "SELECT 1", group="new", max=100)
+        falls_asleep(database)  # awake, it sees what was planned for long ago a little later
     assert order(done(database, [old, new])) == [old, new]
 
 
@@ -188,7 +189,7 @@ def test_negative_max_keeps_a_pause_between_tasks(serve: Callable[..., Database]
     rows.sort(key=lambda row: row["start"])
     assert [row["id"] for row in rows] == sorted(row["id"] for row in rows)
     for before, after in pairwise(rows):
-        assert timedelta(milliseconds=148) <= after["start"] - before["stop"] < timedelta(seconds=5)
+        assert timedelta(milliseconds=148) <= after["start"] - before["stop"] < timedelta(seconds=20)
 
 
 def test_pause_is_kept_even_while_the_master_is_busy_with_other_groups(serve: Callable[..., Database]) -> None:
@@ -294,10 +295,12 @@ def test_group_with_a_backlog_does_not_keep_its_worker_from_those_who_wait_longe
     serve: Callable[..., Database],
 ) -> None:
     database = serve(workers=1)
-    before = insert(database, 20, "SELECT pg_sleep(0.02)", group="backlog")
-    database.wait(before[0], "WORK", "DONE")
-    late = [insert(database, 1, "SELECT 1", group=f"late{n}")[0] for n in range(3)]
-    after = insert(database, 40, "SELECT pg_sleep(0.02)", group="backlog")
+    with held(database):
+        before = insert(database, 20, f"{WAIT}, pg_sleep(0.02)", group="backlog")
+        database.wait(before[0], "WORK")
+        late = [insert(database, 1, "SELECT 1", group=f"late{n}")[0] for n in range(3)]
+        after = insert(database, 40, "SELECT pg_sleep(0.02)", group="backlog")
+        falls_asleep(database)  # it has seen them, and said so to the worker
     assert order(done(database, late)) == late
     last = max(row["start"] for row in done(database, late))
     assert sum(row["start"] > last for row in done(database, after)) > 20
@@ -320,6 +323,7 @@ def test_many_due_groups_are_served_in_the_order_of_their_waiting(serve: Callabl
         [blocker] = insert(database, 1, WAIT, group="blocker")
         database.wait(blocker, "WORK")
         ids = [insert(database, 1, "SELECT 1", group=f"g{n}", plan=ago(50 - n, "s"))[0] for n in range(50)]
+        falls_asleep(database)  # awake, it sees what was planned for long ago a little later
     assert order(done(database, ids)) == ids
 
 

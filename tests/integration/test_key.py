@@ -85,7 +85,7 @@ def test_task_that_is_moved_while_it_runs_runs_again_at_the_new_time(
     with held(served):
         id = move(served, "moved")
         wait_runs(served)
-        plan = datetime.now(UTC) + timedelta(seconds=1.5)
+        plan = datetime.now(UTC) + timedelta(seconds=4)
         assert move(served, "moved", plan) == id
     row = served.wait(id, "PLAN")
     assert (row["plan"], row["pid"], row["start"], row["stop"]) == (plan, None, None, None)
@@ -94,7 +94,7 @@ def test_task_that_is_moved_while_it_runs_runs_again_at_the_new_time(
     falls_asleep(served)
     row = served.wait(id)
     assert (row["state"], row["attempt"]) == ("DONE", 2)
-    assert plan <= row["start"] < plan + timedelta(seconds=1)
+    assert plan <= row["start"] < plan + timedelta(seconds=20)
     assert len(row["attempts"]) == 1
 
 
@@ -221,11 +221,11 @@ def test_repeated_task_that_was_moved_is_planned_on_its_first_grid(served: Datab
 
 
 def test_nothing_is_repeated_to_a_plan_after_until(served: Database) -> None:
-    soon = datetime.now(UTC) + timedelta(seconds=0.6)
-    served.insert("SELECT 1", repeat="200 ms", until=soon, group="until", delete=False)
+    soon = datetime.now(UTC) + timedelta(seconds=2.2)
+    served.insert("SELECT 1", repeat="500 ms", until=soon, group="until", delete=False)
     eventually(lambda: not served.tasks("\"group\" = 'until' AND state <> 'DONE'"))
     rows = served.tasks("\"group\" = 'until'")
-    assert 1 < len(rows) <= 4
+    assert 1 < len(rows) <= 5
     assert all(row["plan"] <= soon for row in rows)
 
 
