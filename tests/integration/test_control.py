@@ -270,7 +270,7 @@ def backend_xmin(base: Served, session: psycopg.Connection[Any]) -> int | None:
 
 def looks(base: Served, session: psycopg.Connection[Any]) -> None:
     """Until it has looked at its tasks at least once: it sleeps between two looks."""
-    query = "SELECT FROM pg_stat_activity WHERE pid = %s AND wait_event = 'PgSleep'"
+    query = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND wait_event = 'PgSleep'"
     eventually(lambda: base.database.admin_execute(query, [session.info.backend_pid]))
 
 
