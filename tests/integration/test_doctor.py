@@ -248,6 +248,7 @@ def test_table_that_a_master_refuses(patient: Patient) -> None:
 def test_invalid_index_of_ours_and_of_others(patient: Patient) -> None:
     database = patient.database
     database.execute("DROP INDEX task_due")
+    waits = "SELECT 1 FROM pg_locks WHERE pid = %s AND NOT granted"
     with database.connect(autocommit=False) as writer:
         writer.execute("INSERT INTO task (input) VALUES ('SELECT 1')")
         for name, rest in {"task_due": "(plan, id) WHERE state = 'PLAN'", "theirs": "(id)"}.items():
@@ -255,7 +256,6 @@ def test_invalid_index_of_ours_and_of_others(patient: Patient) -> None:
             create = f"CREATE INDEX CONCURRENTLY {name} ON task {rest}".encode()
             with ThreadPoolExecutor() as pool:
                 creating = pool.submit(session.execute, create)
-                waits = "SELECT 1 FROM pg_locks WHERE pid = %s AND NOT granted"
                 pid = session.info.backend_pid
                 try:
                     eventually(lambda pid=pid: database.execute(waits, [pid]))  # for the writer
