@@ -26,11 +26,17 @@ CREATE FUNCTION rest(ms int) RETURNS SETOF bigint LANGUAGE sql AS $$
     SELECT pg_sleep(ms / 1000.0);
     SELECT 1::bigint WHERE false
 $$;
+CREATE FUNCTION promise(key text) RETURNS SETOF bigint LANGUAGE sql AS $$
+    INSERT INTO promise VALUES (key);
+    SELECT 1::bigint WHERE false
+$$;
 """
-"""Nobody makes a debt, so a promise fails at the commit. `enter` and `rest` say nothing, so their task is silent."""
+"""Nobody makes a debt, so a promise fails at the commit. The functions say nothing, so their task is silent."""
 
 ENTRY = "INSERT INTO ledger (key, id) VALUES ('{key}', current_setting('pg_task.id')::bigint)"
 SLEEP = "SELECT pg_sleep({ms} / 1000.0)"
+
+QUERY = "SELECT enter('{key}') UNION ALL SELECT rest({ms})"
 
 LONGEST_MS = 60
 GROUPS = 8
@@ -70,18 +76,11 @@ KINDS = (
     Kind(name="told", weight=8, input=f"{ENTRY}; {SLEEP}; SELECT 'said by ' || '{{key}}'"),
     Kind(name="failing", weight=8, input=f"{ENTRY}; {SLEEP}; SELECT 1 / 0", code="22012"),
     Kind(name="deferred", weight=8, input=f"{ENTRY}; {SLEEP}; INSERT INTO promise VALUES ('{{key}}')", code="23503"),
-    # One statement each: these are sent while the run before is being committed.
-    Kind(name="single", weight=28, input=f"WITH entry AS ({ENTRY}) {SLEEP}", columns=KEPT),
-    Kind(name="single silent", weight=16, input="SELECT enter('{key}') UNION ALL SELECT rest({ms})", silent=True),
-    Kind(
-        name="single failing", weight=8, input=f"WITH entry AS ({ENTRY}) {SLEEP}, 1 / (random() < 0)::int", code="22012"
-    ),
-    Kind(
-        name="single deferred",
-        weight=8,
-        input=f"WITH entry AS ({ENTRY}), rest AS ({SLEEP}) INSERT INTO promise SELECT '{{key}}' FROM rest",
-        code="23503",
-    ),
+    # One query each: these are sent while the run before is being committed.
+    Kind(name="query", weight=28, input=f"{QUERY} UNION ALL SELECT 1", columns=KEPT),
+    Kind(name="silent query", weight=16, input=QUERY, silent=True),
+    Kind(name="failing query", weight=8, input=f"{QUERY} UNION ALL SELECT 1 / (random() < 0)::int", code="22012"),
+    Kind(name="deferred query", weight=8, input=f"{QUERY} UNION ALL SELECT promise('{{key}}')", code="23503"),
     Kind(
         name="loose",
         weight=12,

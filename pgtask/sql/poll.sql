@@ -242,11 +242,12 @@ JOIN pg_stat_get_activity(NULL) AS a ON a.pid = d.pid AND a.backend_start = d.st
 WHERE a.pid <> pg_backend_pid();
 
 -- name: unread — sessions of workers that have something to do, but whose server has said all it had to say and waits for
--- them, and since when; a remote task is run elsewhere meanwhile. $1 the backends of our busy workers
+-- them, and since when; in the middle of a pipeline it calls that active. A remote task is run elsewhere meanwhile.
+-- $1 the backends of our busy workers
 SELECT a.pid, min(t.id), a.state_change::text
 FROM pg_stat_get_activity(NULL) AS a
 LEFT JOIN {task} AS t ON t.state = 'WORK' AND t.pid = a.pid
-WHERE a.pid = ANY ($1::int[]) AND a.state LIKE 'idle%' AND t.remote IS NULL
+WHERE a.pid = ANY ($1::int[]) AND (a.state LIKE 'idle%' OR a.wait_event = 'ClientRead') AND t.remote IS NULL
 GROUP BY a.pid, a.state_change;
 
 -- name: unheard — rows of our busy workers that were stopped while nobody listened. $1 the workers' backends

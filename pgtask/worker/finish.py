@@ -280,10 +280,13 @@ class Finisher:
         if attempt.refused is not None:
             self._ours.task(steps, "refused", task.id, task.attempt, attempt.refused)
         self.add_next(steps, task, attempt.want)
+        behind = attempt.want.follow is not None and steps.names[-1] in ALONE and not task.save
+        if behind and self._ours.relays:
+            self._ours.commit_and_tidy_up(steps)
+            return steps
         steps.own("commit")
         if not task.save:
-            behind = attempt.want.follow is not None and self._ours.relays and steps.names[-2] in ALONE
-            self._ours.tidy_up(steps, last="spotless" if behind else "leftovers")
+            self._ours.tidy_up(steps)
         return steps
 
     def write(self, steps: Steps, name: str, rows: Sequence[tuple[bytes | None, ...]]) -> None:

@@ -190,15 +190,26 @@ class Ours:
 
     @property
     def relays(self) -> bool:
-        """May an input go down behind the clean-up, before it is known what else that takes?"""
-        return self._spotless and not self._temporary
+        """May an input go down behind the clean-up, before it is known what else that takes?
 
-    def tidy_up(self, steps: Steps, *, last: str = "leftovers") -> None:
-        """Add, after the commit, what makes the session like a new one, and asks what else that takes, or fails."""
+        Not while the task's encoding holds for us: the server tells of another only when it waits for the next word.
+        """
+        plain = self._spotless and not self._temporary
+        return plain and self.session.parameter("client_encoding") == self.encoding
+
+    def tidy_up(self, steps: Steps) -> None:
+        """Add, after the commit, what makes the session like a new one, and asks what else that takes."""
         steps.own("close", "unlisten", "sequences")
         if self._temporary:
             steps.own("temporary")
-        steps.add(last, Step(own_text(last), (self.fresh.role,)))
+        steps.add("leftovers", Step(own_text("leftovers"), (self.fresh.role,)))
+
+    def commit_and_tidy_up(self, steps: Steps) -> None:
+        """Add both where the next input comes right behind, in the transaction that the clean-up begins: what only a
+        commit makes true stands before ours."""
+        steps.add("deaf", Step(own_text("unlisten")))
+        steps.own("commit", "close", "sequences")
+        steps.add("spotless", Step(own_text("spotless"), (self.fresh.role,)))
 
     # What is sent
 

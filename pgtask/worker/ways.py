@@ -24,9 +24,6 @@ REFUSED = ("25001", "2D000")
 ONE = re.compile(rb"\s*(SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|VALUES|TABLE|CALL|DO)\b", re.IGNORECASE)
 """How an input begins that the extended protocol may try."""
 
-BLOCKS = re.compile(rb"\s*(CALL|DO)\b", re.IGNORECASE)
-"""Those of them that run before the transaction has a snapshot, and so could tell that it has one already."""
-
 ENDING = re.compile(rb"\b(COMMIT|END|ROLLBACK|ABORT|PREPARE|BEGIN|START|SAVEPOINT|RELEASE)\b", re.IGNORECASE)
 """Words without which no text of several statements can end or leave the transaction that it runs in."""
 
@@ -35,6 +32,16 @@ LASTING = re.compile(rb"\bCONSTRAINTS\b", re.IGNORECASE)
 
 ENCODING = re.compile(rb"client_encoding", re.IGNORECASE)
 """Without this a single statement does not change how its own answer is encoded."""
+
+FOLLOWS = re.compile(
+    rb"\s*(SELECT|VALUES|TABLE|WITH(?!.*\b(INSERT|UPDATE|DELETE|MERGE)\b))\b", re.IGNORECASE | re.DOTALL
+)
+"""How an input begins that may follow right behind another. Not what a rule may add answers to, which the extended
+protocol leaves out; nor what runs before the transaction has a snapshot, and so could tell that it has one already."""
+
+UNCERTAIN = re.compile(rb"\$[0-9]|client_encoding|\bCONSTRAINTS\b", re.IGNORECASE)
+"""Without this the extended protocol gives the same answer to a single statement as the simple one, errors too, and it
+changes nothing that the run before, or the answer itself, depends on."""
 
 LONERS = (*REFUSED, "42601", "42P02", "42P18")
 """Errors that would come again: of what no block admits, of several statements in one, or a parameter, of which the
@@ -87,20 +94,20 @@ class Ways:
     def follows(self, task: Task) -> bool:
         """May it be sent right behind the end of the run before, while that is being committed?
 
-        Not what takes more than its input to begin. A transaction has been begun for our clean-up by then, and read
-        something.
+        Not what takes more than its input to begin: it runs once, whatever comes of it.
         """
         plain = task.atomic and task.remote is None and not (task.save or task.repeated)
-        if not plain or len(task.input) > SHORT or way(task.input) is not Way.PIPELINE or BLOCKS.match(task.input):
+        if not plain or len(task.input) > SHORT or b";" in task.input.rstrip(b"; \t\r\n"):
             return False
-        return not _among(task, self._loners) and not _among(task, self._bare)
+        follows = FOLLOWS.match(task.input) is not None and not UNCERTAIN.search(task.input)
+        return follows and not _among(task, self._bare)
 
     def run_bare(self, task: Task) -> None:
         """No transaction block admits its input."""
         _remember(task, self._bare)
 
     def run_alone(self, task: Task) -> None:
-        """Its input must neither share a transaction nor follow right behind another's."""
+        """Its input must not share a transaction."""
         _remember(task, self._loners)
 
 

@@ -52,7 +52,7 @@ from pgtask.worker.remote import Remote
 from pgtask.worker.run import PREFIX, Limits, Outcome, execute, readable, receive
 from pgtask.worker.session import Session, SessionLost, StatementFailed, Step
 from pgtask.worker.shared import GRACE, Shared, Unshared
-from pgtask.worker.ways import LONERS, REFUSED, Ways
+from pgtask.worker.ways import REFUSED, Ways
 
 MASTERS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 """Signals that are the master's; a terminal sends them to the whole group, and a worker ignores them."""
@@ -540,8 +540,8 @@ class Worker:
             return ()
         steps = Steps()
         if task.timeout_ms:
-            steps.add("timeout", self._timeout(task))
-        steps.own("begin")
+            steps.add("timeout", self._timeout(task)._replace(plain=True))
+        steps.add("begin", Step(own_text("begin"), plain=True))
         steps.add("input", Step(task.input, plain=True))
         return steps.steps
 
@@ -577,17 +577,11 @@ class Worker:
             return self.remote.execute(task, self.limits, self._tick_remote)
         if self.session.goes_on:
             outcome = receive(self.session, task.format, limits=self.limits, tick=self._tick, heed=self._heed)
-            if outcome.code not in LONERS or self.limits.cancelled:
-                return outcome
-            if outcome.code in REFUSED:
-                self.ways.run_bare(task)
-            else:
-                self.ways.run_alone(task)
-            self.ours.rewind(save=False)
-        self._limit(task)
-        if self.ways.bare(task):
-            return self._send(task, b"")
-        outcome = self._send(task, PREFIX)
+        else:
+            self._limit(task)
+            if self.ways.bare(task):
+                return self._send(task, b"")
+            outcome = self._send(task, PREFIX)
         if outcome.code not in REFUSED or outcome.committed or self.limits.cancelled:
             return outcome
         self.ways.run_bare(task)
