@@ -128,7 +128,8 @@ def test_page_shows_the_table(watched: Callable[..., Master], database: Database
         database.execute(f"{insert} 'password=hunter2 ' || repeat('x', 100000), now() FROM generate_series(1, 40)")
         database.execute(f"{insert} 'later', now() + interval '1 h' FROM generate_series(1, 7)")
         database.execute("INSERT INTO task (input, depend) SELECT 'SELECT 1', ARRAY[min(id)] FROM task")
-        page = monitor.wait_value("pgtask_waiting_tasks", 1)
+        monitor.wait_value("pgtask_waiting_tasks", 1)
+        page = monitor.wait_value("pgtask_master_up", 1)  # of a master that answers late nothing is on the page
         groups = page.samples("pgtask_group_backlog_tasks")
         # Of 27 groups the largest 20: the two last and g7 to g24; and the rest is counted with one of that name.
         assert len(groups) == 20
@@ -212,7 +213,7 @@ def mapped(pid: int, home: Path) -> list[str]:
 def test_health_pages(watched: Callable[..., Master], monitor: Monitor) -> None:
     watched()
     assert monitor.get("/healthz")[:2] == (200, "ok\n")
-    assert monitor.get("/readyz")[:2] == (200, "ok\n")
+    eventually(lambda: monitor.get("/readyz")[:2] == (200, "ok\n"))  # once the master has answered for the first time
     assert monitor.get("/")[:2] == (404, "there is: /metrics /healthz /readyz\n")
     refused = monitor.get("/metrics", "POST")
     assert (refused.status, refused.headers["Allow"]) == (405, "GET, HEAD")
@@ -290,7 +291,7 @@ def test_master_goes_on_while_its_port_is_in_use(
         [line] = one.wait_log("WARNING .* monitor_cannot_listen")
         assert "Address already in use" in line
         assert run(database) == "DONE"
-    one.wait_log("monitor_listening")
+    one.wait_log("monitor_listening", timeout=60)  # it pauses for up to 10 s
     monitor.wait_value("pgtask_tasks_done_total", 1)
     assert len(one.logged("monitor_cannot_listen")) == 1
     assert not one.logged("monitor_ended")
@@ -310,7 +311,7 @@ def test_name_of_several_addresses_is_listened_at_when_all_can_be_had(
             through=("unshare", "--mount", "sh", "-c", mounted, "sh"),
         )
         assert "Address already in use" in one.wait_log("WARNING .* monitor_cannot_listen")[0]
-    one.wait_log("monitor_listening")
+    one.wait_log("monitor_listening", timeout=60)
     for address in ("127.0.0.1", "127.0.0.2"):
         socket.create_connection((address, monitor.port)).close()
 
@@ -325,7 +326,7 @@ def test_monitor_is_started_again_after_a_time_without_descriptors(
     os.kill(pid, SIGKILL)
     one.wait_log("WARNING .* monitor_ended .*Too many open files")
     resource.prlimit(one.pid, resource.RLIMIT_NOFILE, limits)
-    one.wait_log("monitor_listening", 2)
+    one.wait_log("monitor_listening", 2, timeout=60)
     assert run(database) == "DONE"
 
 
@@ -339,7 +340,8 @@ def test_page_shows_the_rest_when_its_files_are_removed_and_a_reload_makes_new_o
     shutil.rmtree(directory)
     assert run(database) == "DONE"
     eventually(lambda: monitor.page().samples("pgtask_tasks_done_total") == {})
-    assert monitor.page().value("pgtask_up") == 1
+    monitor.wait_value("pgtask_up", 1)
+    eventually(lambda: not one.workers())  # one from before would go on in the old files
     one.signal(SIGHUP)
     one.wait_log("monitor_listening", 2)
     assert run(database) == "DONE"
@@ -373,7 +375,7 @@ def test_page_serves_the_rest_when_a_database_is_silent(
     one = watched(config=f"[master]\nlisten = '{monitor.listen}'\n{entries}")
     here, there = (f"{d.name}@{d.name} public.task" for d in (database, other))
     monitor.wait_samples("pgtask_up", {(here,): 1, (there,): 1})
-    assert monitor.get("/readyz").status == 200
+    eventually(lambda: monitor.get("/readyz").status == 200)
     proxy.deafen("pgtask monitor", future=True)
     page = monitor.wait_samples("pgtask_up", {(here,): 1, (there,): 0}, timeout=60)
     assert page.samples("pgtask_backlog_tasks") == {(): 0}, "of the one that answers"
@@ -398,7 +400,7 @@ def test_database_that_was_down_is_read_again(
     assert eventually(lambda: monitor.get("/readyz").status == 503)
     server.start_again()
     monitor.wait_value("pgtask_up", 1, timeout=60)
-    eventually(lambda: monitor.get("/readyz").status == 200)
+    eventually(lambda: monitor.get("/readyz").status == 200, 60)
     assert len(one.logged("WARNING .* monitor_cannot_read")) == len(one.wait_log("monitor_reads_again")) == 1
 
 
