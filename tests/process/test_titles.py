@@ -134,7 +134,7 @@ def test_master_that_stops_says_for_how_many_runs_it_waits(database: Database, m
             one.signal(SIGINT)
             shows(one.pid, "master (stopping, cancelling 2 runs, 2 workers)")
             one.may_log_errors = True
-            one.process.wait(20)
+            one.process.wait(60)
 
 
 # A worker
@@ -182,7 +182,7 @@ def test_worker_says_that_it_cancels_as_long_as_that_takes(database: Database, m
     one = master(database.conninfo)
     for how in ("user", "timeout"):
         with held(database):
-            id = database.insert(DEAF, group=how, timeout="100 ms" if how == "timeout" else "0", delete=False)
+            id = database.insert(DEAF, group=how, timeout="2 s" if how == "timeout" else "0", delete=False)
             eventually(lambda: database.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND objid = 8000"))
             if how == "user":
                 database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
