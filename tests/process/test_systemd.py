@@ -76,7 +76,7 @@ def test_status_is_what_ps_shows(database: Database, master: Callable[..., Maste
     with held(database):
         database.insert(WAIT)
         wait_runs(database)
-        assert "1 worker" in title(one.pid)
+        eventually(lambda: "1 worker" in title(one.pid))  # which comes after the fork, be the worker ever so quick
         while title(one.pid) != f"pgtask: master ({listener.wait('STATUS')['STATUS']})":
             pass
 
@@ -131,10 +131,7 @@ def test_stop_asks_for_the_time_that_its_configuration_gives_it(
 def test_loop_that_hangs_gives_no_sign_of_life(master: Callable[..., Master], listener: Listener) -> None:
     one = master(NOWHERE, env=listener.env(WATCHDOG_USEC=400_000), wait=False)
     listener.wait("READY")
-    for _ in range(3):
-        since = time.monotonic()
-        listener.wait("WATCHDOG", "1")
-    assert time.monotonic() - since >= 0.05
+    assert any(waited(listener) >= 0.05 for _ in range(20))  # some may have gathered while we were not at work
     with frozen(one.pid):
         listener.socket.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -145,6 +142,13 @@ def test_loop_that_hangs_gives_no_sign_of_life(master: Callable[..., Master], li
             listener.next()
     listener.socket.settimeout(30)
     listener.wait("WATCHDOG", "1")
+
+
+def waited(listener: Listener) -> float:
+    """Seconds until the next sign of life has come."""
+    since = time.monotonic()
+    listener.wait("WATCHDOG", "1")
+    return time.monotonic() - since
 
 
 def test_watchdog_of_another_process_is_not_fed(master: Callable[..., Master], listener: Listener) -> None:
@@ -180,7 +184,7 @@ def test_sign_of_life_that_finds_the_queue_full_is_given_as_soon_as_there_is_roo
     for times in (1, 2):
         one.signal(SIGHUP)
         one.wait_log(r" reloaded ", times)
-        passes(1.5)
+        passes(3)
     told = [listener.next()]
     while sum("RELOADING" in found for found in told) < 2:
         told.append(listener.next())
@@ -301,7 +305,7 @@ def test_service_serves_reloads_and_stops_under_systemd(
     start(system, "pgtask")
     assert database.wait(database.insert("SELECT 1", delete=False))["output"] == "1"
     [main, *_] = system.pids("pgtask.service")
-    assert eventually(lambda: monitor.get("/readyz")).status == 200
+    eventually(lambda: monitor.answers() and monitor.get("/readyz").status == 200)
     status = eventually(lambda: (text := system.show("pgtask", "StatusText")) and "1 table leading" in text and text)
     assert title(main).startswith(f"pgtask: master /etc/pgtask/pgtask.toml ({status[:15]}")
     assert "running_as_root" not in log(system)
@@ -342,10 +346,10 @@ def test_hung_master_is_ended_by_the_watchdog_and_started_again(
 ) -> None:
     unit()
     errors = "StandardError=append:/var/log/pgtask/errors"
-    with shorter(system, f"WatchdogSec=1\nTimeoutStopSec=5\nRestartSec=100ms\nLimitCORE=0\n{errors}"):
+    with shorter(system, f"WatchdogSec=4\nTimeoutStopSec=5\nRestartSec=100ms\nLimitCORE=0\n{errors}"):
         start(system, "pgtask")
         [main, *_] = system.pids("pgtask.service")
-        passes(1.5)
+        passes(6)
         assert system.pids("pgtask.service")[0] == main
         os.kill(main, SIGSTOP)
         eventually(lambda: main not in [one.pid for one in processes() if one.state != "Z"])
