@@ -60,11 +60,12 @@ def looked_at(database: Database, id: int) -> None:
 
 
 def test_who_runs_anyway_waits_for_the_real_end_of_a_stopped_run(database: Database, one: Master) -> None:
-    stubborn = "DO $$BEGIN PERFORM pg_sleep(15); EXCEPTION WHEN query_canceled THEN PERFORM pg_sleep(0.5); END$$"
+    stubborn = "DO $$BEGIN PERFORM pg_sleep(600); EXCEPTION WHEN query_canceled THEN PERFORM pg_sleep(0.5); END$$"
     id = first(database, stubborn)
     other = after(database, id, anyway=True)
     looked_at(database, other)
-    eventually(lambda: database.execute("SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'"))
+    sleeps = "SELECT 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep' AND datname = current_database()"
+    eventually(lambda: database.execute(sleeps))
     database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
     assert database.wait(other)["start"] >= database.wait(id)["stop"]
 
@@ -162,10 +163,12 @@ def test_end_that_is_committed_after_its_workers_death_is_seen(database: Databas
 def test_other_groups_are_served_while_workers_report_all_the_time(database: Database, one: Master) -> None:
     far = after(database, first(database, plan=FAR))
     looked_at(database, far)
-    query = """INSERT INTO task ("group", input)
-        SELECT concat('busy ', n % 2), 'SELECT 1' FROM generate_series(1, 3000) AS n"""
-    database.execute(query)
-    database.wait(first(database))
+    # All in one commit: we may be slow to insert the other, and slow to look.
+    query = """WITH busy AS (INSERT INTO task ("group", input)
+            SELECT concat('busy ', n % 2), 'SELECT 1' FROM generate_series(1, 6000) AS n)
+        INSERT INTO task ("group", input) VALUES ('other', 'SELECT 1') RETURNING id"""
+    [(other,)] = database.execute(query)
+    began = database.wait(other)["start"]
     left = "SELECT 1 FROM task WHERE \"group\" LIKE 'busy%' AND state = 'PLAN' LIMIT 1"
-    assert database.execute(left)
-    eventually(lambda: not database.execute(left), timeout=60)
+    eventually(lambda: not database.execute(left), timeout=120)
+    assert database.execute("SELECT 1 FROM task WHERE \"group\" LIKE 'busy%%' AND start > %s LIMIT 1", [began])
