@@ -19,7 +19,7 @@ from tests.fixtures.served import served
 from tests.fixtures.server import AnyServer
 from tests.fixtures.wait import eventually
 
-STALL = 5
+STALL = 20
 """Seconds: on no machine is a task so late that was not forgotten; what would find it otherwise comes after an hour."""
 
 
