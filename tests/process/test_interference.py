@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from signal import SIGHUP, SIGKILL, SIGQUIT, SIGUSR1
 from typing import Any
 
 import pytest
 
 from tests.fixtures.database import Database
-from tests.fixtures.locks import held, passes, transactions, wait_runs
+from tests.fixtures.locks import KEY, WAIT, held, passes, transactions, wait_runs
 from tests.fixtures.master import Master
 from tests.fixtures.processes import frozen
 from tests.fixtures.wait import eventually
@@ -17,12 +18,20 @@ from tests.fixtures.wait import eventually
 Start = Callable[..., Master]
 SILENT = "WITH slow AS MATERIALIZED (SELECT pg_sleep(0.5)) SELECT FROM slow WHERE pg_sleep IS NULL"
 RUNNING = """SELECT count(*) FROM pg_stat_activity
-WHERE query LIKE '%pg_sleep(60)%' AND state = 'active' AND pid <> pg_backend_pid()"""
-STUBBORN = """DO $$BEGIN
+WHERE query LIKE '%pg_sleep(60)%' AND state = 'active' AND pid <> pg_backend_pid() AND datname = current_database()"""
+STUBBORN = f"""DO $$BEGIN
+    LOOP
+        BEGIN
+            PERFORM pg_sleep(0.05);
+            EXIT WHEN pg_try_advisory_xact_lock_shared({KEY});
+        EXCEPTION WHEN query_canceled THEN NULL;
+        END;
+    END LOOP;
     FOR i IN 1 .. 20 LOOP
         BEGIN PERFORM pg_sleep(0.05); EXCEPTION WHEN query_canceled THEN NULL; END;
     END LOOP;
 END$$"""
+"""A run that no cancel request ends: it goes on for as long as the test's lock is held, and a second more."""
 
 
 def unfinished(database: Database) -> list[dict[str, Any]]:
@@ -110,10 +119,11 @@ def test_task_restarted_by_hand_while_it_runs_is_never_stuck(database: Database,
 
 def test_stopped_run_holds_its_slot_until_it_has_really_ended(database: Database, master: Start) -> None:
     master()
-    first = database.insert(STUBBORN)
-    database.wait(first, "WORK")
-    second = database.insert("SELECT 1", delete=False)
-    database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [first])
+    with held(database):
+        first = database.insert(STUBBORN)
+        database.wait(first, "WORK")
+        second = database.insert("SELECT 1", delete=False)
+        database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [first])
     row = database.wait(second)
     stopped = eventually(lambda: (found := database.task(first)) and found["stop"] and found)
     assert row["start"] >= stopped["stop"]
@@ -127,11 +137,15 @@ def test_run_whose_row_is_no_longer_running_holds_its_slot_whoever_died(
     one = master()
     one.may_log_errors = True
     changes = {7: "UPDATE task SET state = 'STOP'", 8: "DELETE FROM task"}
-    ids = {key: database.insert(f"SELECT pg_advisory_lock({key}); {STUBBORN}", group=str(key)) for key in changes}
-    backends = [database.wait(id, "WORK")["pid"] for id in ids.values()]
-    locked = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid IN (7, 8) AND pid = ANY (%s)"
-    eventually(lambda: database.admin_execute(locked, [backends]) == [(2,)])
-    with frozen(*backends):
+    with ExitStack() as until_then:
+        with held(database):
+            ids = {
+                key: database.insert(f"SELECT pg_advisory_lock({key}); {STUBBORN}", group=str(key)) for key in changes
+            }
+            backends = [database.wait(id, "WORK")["pid"] for id in ids.values()]
+            locked = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid IN (7, 8) AND pid = ANY (%s)"
+            eventually(lambda: database.admin_execute(locked, [backends]) == [(2,)])
+            until_then.enter_context(frozen(*backends))
         if killed == "worker":
             for worker in one.workers():
                 os.kill(worker, SIGKILL)
@@ -151,12 +165,14 @@ def test_run_whose_row_is_no_longer_running_holds_its_slot_whoever_died(
 
 def test_stopped_run_holds_its_slot_also_against_the_worker_beside_it(database: Database, master: Start) -> None:
     master(database.conninfo)
-    first = database.insert("SELECT pg_sleep(0.3)", max=1, delete=False)
-    stubborn = database.insert(STUBBORN, max=1)
-    for id in (first, stubborn):
-        database.wait(id, "WORK")
-    database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [stubborn])
-    row = database.wait(database.insert("SELECT 1", delete=False))
+    with held(database):
+        first = database.insert(WAIT, max=1, delete=False)
+        stubborn = database.insert(STUBBORN, max=1)
+        for id in (first, stubborn):
+            database.wait(id, "WORK")
+        database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [stubborn])
+        following = database.insert("SELECT 1", delete=False)
+    row = database.wait(following)
     stopped = eventually(lambda: (found := database.task(stubborn)) and found["stop"] and found)
     assert row["start"] >= stopped["stop"]
 
@@ -179,11 +195,12 @@ def test_run_of_a_killed_master_that_is_stopped_is_cancelled_by_the_next_one(dat
 def test_stopped_run_whose_worker_dies_has_an_end_too(database: Database, master: Start) -> None:
     one = master(database.conninfo)
     one.may_log_errors = True
-    id = database.insert(STUBBORN)
-    database.wait(id, "WORK")
-    [worker] = one.workers()
-    database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
-    os.kill(worker, SIGKILL)
+    with held(database):
+        id = database.insert(STUBBORN)
+        database.wait(id, "WORK")
+        [worker] = one.workers()
+        database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
+        os.kill(worker, SIGKILL)
     eventually(lambda: (found := database.task(id)) and found["stop"])
 
 
