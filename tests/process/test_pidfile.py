@@ -1,6 +1,7 @@
 """The pidfile at its edges: the lock is what counts, and signals may come from the moment it can be read."""
 
 import fcntl
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from signal import SIGHUP, SIGTERM, SIGUSR1
@@ -13,6 +14,15 @@ from tests.fixtures.processes import descriptors
 from tests.fixtures.wait import eventually
 
 NOWHERE = "host=127.0.0.1 port=1 dbname=nowhere"
+
+PATIENTLY = """
+import runpy, sys
+from pgtask.master import pidfile
+pidfile.PATIENCE = 60.0
+sys.argv = ["pgtask-master", *sys.argv[4:]]
+runpy.run_module("pgtask", run_name="__main__")
+"""
+"""A master that waits for a lock for as long as we may be slow to let go of it."""
 
 
 @pytest.fixture
@@ -28,7 +38,7 @@ def test_lock_of_somebody_who_only_asks_does_not_refuse_a_master(master: Callabl
     pidfile.write_text("1\n", "utf-8")
     with pidfile.open() as asking:
         fcntl.flock(asking, fcntl.LOCK_SH)
-        one = master("--pidfile", str(pidfile), NOWHERE, wait=False)
+        one = master("--pidfile", str(pidfile), NOWHERE, wait=False, through=[sys.executable, "-c", PATIENTLY])
         eventually(lambda: str(pidfile) in descriptors(one.pid) or is_of(pidfile, one))
         fcntl.flock(asking, fcntl.LOCK_UN)
     eventually(lambda: is_of(pidfile, one))
@@ -40,7 +50,7 @@ def test_master_that_waits_for_a_pidfile_which_is_removed_has_one_of_its_own(
     """As the end of another master removes it."""
     with pidfile.open("w") as ending:
         fcntl.flock(ending, fcntl.LOCK_EX)
-        one = master("--pidfile", str(pidfile), NOWHERE, wait=False)
+        one = master("--pidfile", str(pidfile), NOWHERE, wait=False, through=[sys.executable, "-c", PATIENTLY])
         eventually(lambda: str(pidfile) in descriptors(one.pid))
         pidfile.unlink()
     eventually(lambda: is_of(pidfile, one))
@@ -76,6 +86,8 @@ def test_signal_as_soon_as_the_pidfile_can_be_read_ends_nothing(
     eventually(lambda: is_of(pidfile, one), every=0.0005)
     one.process.send_signal(sig)
     one.wait_log("table_down")
+    if sig == SIGHUP:
+        one.wait_log("reloaded")
     passes(0.1)
     assert one.process.poll() is None
     assert bool(one.logged("reloaded")) is (sig == SIGHUP)
