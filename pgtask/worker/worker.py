@@ -251,7 +251,6 @@ class Worker:
             self.idle_at = time.monotonic()
             if not self.leaving:
                 self.until = math.inf
-                self._show("idle")
                 if self.owed:
                     self._report()
                 self.channel.send(Idle(runs=self.runs, begun=begun), patience=PATIENCE)
