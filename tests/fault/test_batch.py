@@ -81,13 +81,13 @@ def test_row_that_is_locked_when_its_worker_dies_goes_back_when_the_lock_is_gone
 def test_those_in_hand_go_back_when_one_that_no_cancel_ends_has_lost_the_session(
     database: Database, master: Callable[..., Master]
 ) -> None:
-    master("--batch-time", "100ms", database.conninfo, tables=1)
+    master("--batch-time", "2s", database.conninfo, tables=1)
     deaf = (
         "DO $$ BEGIN LOOP BEGIN PERFORM pg_sleep(100); EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP; END $$;"
         " SELECT 'COMMIT'"
     )
     query = (
-        "INSERT INTO task (input, delete, batch, timeout) SELECT i, false, 10, '500 ms'"
+        "INSERT INTO task (input, delete, batch, timeout) SELECT i, false, 10, '3 s'"
         " FROM unnest(%s::text[]) WITH ORDINALITY AS u (i, n) ORDER BY n RETURNING id"
     )
     ids = [id for (id,) in database.execute(query, [["SELECT 1", deaf, "SELECT 2", "SELECT 3"]])]
@@ -129,9 +129,8 @@ def test_every_task_runs_once_while_workers_are_killed(
     database.execute("ALTER TABLE task ALTER batch SET DEFAULT 20")
     ledger.fill(600, groups=4, ms=1)
     kills = 0
-    while ledger.unfinished() and kills < 12:
-        left = ledger.unfinished()
-        eventually(lambda: ledger.unfinished() < left)  # noqa: B023
+    while (left := ledger.unfinished()) and kills < 12:
+        eventually(lambda: ledger.unfinished() < left)
         for worker in one.workers()[:1]:
             os.kill(worker, SIGKILL)
             kills += 1

@@ -25,7 +25,7 @@ from tests.fixtures.wait import eventually
 
 FINISH = b"SET CONSTRAINTS ALL IMMEDIATE"
 COMMITTED = b"COMMIT\0"
-ONCE = f"""{ENTRY}; SELECT pg_sleep(CASE WHEN attempt = 1 THEN 1 ELSE 0 END)
+ONCE = f"""{ENTRY}; SELECT pg_sleep(CASE WHEN attempt = 1 THEN 5 ELSE 0 END)
     FROM task WHERE id = current_setting('pg_task.id')::bigint"""
 
 CASES = ("waiting", "running", "before the commit", "after the commit")

@@ -116,5 +116,5 @@ def test_primary_that_vanishes_without_a_word_is_left_for_the_standby(
     quick = {"tcp_user_timeout": 3000}
     one = master(make_conninfo(first_of(nowhere.conninfo, own_database.tcp), **quick), wait=False)
     one.wait_log("leading", timeout=30)
-    own_ledger.settled(10)
+    own_ledger.settled(20)
     assert one.logged("workers_cannot_open") == []

@@ -17,7 +17,7 @@ from tests.fixtures.served import Served, served
 from tests.fixtures.server import AnyServer
 from tests.fixtures.wait import eventually
 
-LONG = "SELECT pg_sleep(60)"
+LONG = "SELECT pg_sleep(600)"
 MASTER, ASLEEP = -2, -1
 
 
@@ -196,6 +196,7 @@ def test_leader_that_keeps_another_master_waiting_is_not_accused(
     second.wait_log("standing_by")
     statements = (
         "SELECT state_change FROM pg_stat_activity WHERE application_name = 'pgtask master' AND query ~ 'pg_locks'"
+        " AND datname = current_database()"
     )
     looks: set[Any] = set()
 

@@ -127,7 +127,7 @@ def test_hung_master_is_replaced_and_woken_up_again_does_no_harm(
         long.append(database.insert(f"{ENTRY}; SELECT pg_sleep({seconds})", group=group, delete=False))
         after.append(database.insert(ENTRY, group=group, delete=False))
         ledger.wanted += 2
-        database.wait(long[n], "WORK")
+        database.wait(long[n], "WORK", "DONE")
     with frozen_with_a_take_unread(database, ledger, one):
         two.wait_log(r"\bleading\b", timeout=60)  # the server ends a session that is silent for 10 s
         assert database.task(after[0])["state"] == "DONE", "its worker needs no master for that"  # type: ignore[index]

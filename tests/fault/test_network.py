@@ -111,7 +111,7 @@ def test_network_that_holds_everything_up_for_a_while_costs_nothing(
 ) -> None:
     proxy = new_proxy(database.tcp)
     one = master(proxy.conninfo)
-    ledger.fill(300, ms=20)
+    ledger.fill(600, ms=30)
     started(ledger, 10)
     assert proxy.deafen("pgtask") > 2
     keeps_calm(one, 2.5)

@@ -90,6 +90,8 @@ def test_locks_that_are_held_for_longer_than_ours_wait_lose_nothing(
         before = cpu_seconds([one.pid, *one.workers()])
         passes(LONGER - 2)
         assert cpu_seconds([one.pid, *one.workers()]) - before < 2, "somebody spins"
+        finished = {each.hold.name: each.ledger.finished for each in holds}
+        eventually(lambda: finished["planned rows"]() >= 2 + 6 and finished["running rows"]() >= 6)
         counts = {each.hold.name: each.ledger.finished() for each in holds}
         for each in holds:
             each.session.rollback()

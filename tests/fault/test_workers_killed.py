@@ -17,7 +17,7 @@ def test_every_task_runs_once_while_workers_are_killed(
 ) -> None:
     one = master("--crashes", "1000", "--workers", "6", database.conninfo, tables=1)
     one.may_log_errors = True
-    ledger.fill(300, groups=6, ms=20)
+    ledger.fill(900, groups=6, ms=20)  # enough to be there when we are slow to kill
     chance = random.Random(1)
     deadline = time.monotonic() + 20
     kills = 0
