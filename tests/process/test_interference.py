@@ -164,7 +164,7 @@ def test_run_whose_row_is_no_longer_running_holds_its_slot_whoever_died(
 
 
 def test_stopped_run_holds_its_slot_also_against_the_worker_beside_it(database: Database, master: Start) -> None:
-    master(database.conninfo)
+    one = master(database.conninfo)
     with held(database):
         first = database.insert(WAIT, max=1, delete=False)
         stubborn = database.insert(STUBBORN, max=1)
@@ -172,6 +172,8 @@ def test_stopped_run_holds_its_slot_also_against_the_worker_beside_it(database: 
             database.wait(id, "WORK")
         database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [stubborn])
         following = database.insert("SELECT 1", delete=False)
+        # By then the master has told both workers.
+        eventually(lambda: any(" cancelling " in one.title(pid) for pid in one.workers()))
     row = database.wait(following)
     stopped = eventually(lambda: (found := database.task(stubborn)) and found["stop"] and found)
     assert row["start"] >= stopped["stop"]
