@@ -154,7 +154,7 @@ def test_of_very_many_missed_runs_the_last_are_noted_and_the_others_counted(serv
     ("input", "columns", "state"),
     [
         ("SELECT 1/0", {}, "FAIL"),
-        ("SELECT pg_sleep(10)", {"timeout": "50 ms"}, "FAIL"),
+        ("SELECT pg_sleep(60)", {"timeout": "50 ms"}, "FAIL"),
         ("COMMIT; SELECT 1", {}, "DONE"),
         ("SET search_path = nowhere; SET TimeZone = 'Asia/Tokyo'; SET DateStyle = 'German'", {"save": True}, "DONE"),
         ("SELECT 1", {"atomic": False, "batch": 9}, "DONE"),

@@ -68,7 +68,7 @@ def test_chain_of_a_thousand_runs_in_its_order(base: Database, batch: int) -> No
         [group, batch],
     )
     left = "SELECT count(*) FROM task WHERE \"group\" = %s AND state <> 'DONE'"
-    eventually(lambda: base.execute(left, [group]) == [(0,)], 60)
+    eventually(lambda: base.execute(left, [group]) == [(0,)], 120)
     order = """SELECT count(*), bool_and(at >= before) FROM (
         SELECT r.at, lag(r.at) OVER (ORDER BY r.id) AS before
         FROM ran AS r JOIN task AS t USING (id) WHERE t."group" = %s) AS x"""
@@ -82,7 +82,7 @@ def test_fan_out_and_fan_in_of_a_thousand(base: Database) -> None:
     ids = [id for (id,) in base.execute(fan, [first])]
     last = note(base, depend=ids)
     base.execute("UPDATE task SET plan = now() WHERE id = %s", [first])
-    assert base.wait(last, timeout=60)["state"] == "DONE"
+    assert base.wait(last, timeout=120)["state"] == "DONE"
     assert base.execute("SELECT state::text, count(*) FROM task WHERE \"group\" = 'fan' GROUP BY 1") == [("DONE", 1000)]
     [(early,)] = base.execute(
         "SELECT (SELECT at FROM ran WHERE id = %s) < (SELECT max(stop) FROM task WHERE \"group\" = 'fan')", [last]
@@ -307,7 +307,7 @@ def test_chain_goes_on_under_the_next_master(database: Database, master: Callabl
     one.expect_exit = -SIGKILL
     one.stop(SIGKILL)
     master()
-    eventually(lambda: len(database.tasks("state = 'DONE'")) == 200, 40)
+    eventually(lambda: len(database.tasks("state = 'DONE'")) == 200, 60)
 
 
 def test_what_ended_while_no_master_was_there_is_seen_by_the_next(

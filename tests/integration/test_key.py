@@ -117,13 +117,14 @@ def test_event_of_a_transaction_that_is_older_than_the_run_is_not_lost(served: D
 
 def test_run_that_failed_and_was_moved_runs_again(served: Database) -> None:
     with held(served):
-        id = move(served, "failed", input=f"{WAIT}; SELECT 1 / count(*) FROM task WHERE data = 'failed ready'")
+        id = move(served, "failed", input=f"{WAIT}; SELECT 1 / (count(*) - 1) FROM task WHERE data = 'failed ready'")
         wait_runs(served)
         served.execute("UPDATE task SET data = 'failed ready' WHERE id = %s", [id])
         move(served, "failed")
         served.execute("UPDATE task SET input = 'SELECT 1' WHERE id = %s", [id])
     row = served.wait(id, "DONE", "FAIL")
     assert (row["state"], row["attempt"]) == ("DONE", 2)
+    assert [run["state"] for run in row["attempts"]] == ["FAIL"]
 
 
 def test_run_that_was_moved_and_then_lost_once_too_often_runs_again(

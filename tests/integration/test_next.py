@@ -3,6 +3,7 @@
 import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -20,6 +21,11 @@ def told(*arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def far_hour(zone: str) -> int:
+    """Half a day from now: it does not come round between two looks."""
+    return (datetime.now(ZoneInfo(zone)) + DAY / 2).hour
+
+
 @pytest.fixture
 def table(database: Database) -> Database:
     install(database)
@@ -31,12 +37,15 @@ def of(table: Database, id: int, *arguments: str) -> list[str]:
 
 
 def test_calendar_is_shown_in_its_zone() -> None:
-    lines = told("0 3 * * *", "--zone", "Asia/Tokyo", "-n", "3")
-    first = cron.following("0 3 * * *", "Asia/Tokyo", datetime.now(UTC)) + 9 * timedelta(hours=1)
-    assert lines == [f"{first + number * DAY:%Y-%m-%d} 03:00:00+0900 {first + number * DAY:%a}" for number in range(3)]
+    hour = far_hour("Asia/Tokyo")
+    daily = f"0 {hour} * * *"
+    lines = told(daily, "--zone", "Asia/Tokyo", "-n", "3")
+    first = cron.following(daily, "Asia/Tokyo", datetime.now(UTC)) + 9 * timedelta(hours=1)
+    days = [first + number * DAY for number in range(3)]
+    assert lines == [f"{day:%Y-%m-%d} {hour:02}:00:00+0900 {day:%a}" for day in days]
     assert len(told("@hourly")) == 5
-    times = json.loads("".join(told("0 3 * * *", "--zone", "Asia/Tokyo", "-n", "3", "--json")))
-    assert times == [f"{first + number * DAY:%Y-%m-%d}T03:00:00+09:00" for number in range(3)]
+    times = json.loads("".join(told(daily, "--zone", "Asia/Tokyo", "-n", "3", "--json")))
+    assert times == [f"{day:%Y-%m-%d}T{hour:02}:00:00+09:00" for day in days]
 
 
 @pytest.mark.parametrize(
@@ -77,10 +86,12 @@ def test_row_that_waits_is_told_with_its_repetition(
 
 
 def test_row_that_runs_is_told_from_now_on(table: Database) -> None:
-    for columns in ({"repeat": "1 day"}, {"cron": "0 12 * * *"}):
-        id = table.insert("SELECT 1", plan="2020-01-01 12:00Z", first="2020-01-01 12:00Z", zone="UTC", **columns)
+    hour = far_hour("UTC")
+    daily, plan = f"0 {hour} * * *", f"2020-01-01 {hour:02}:00Z"
+    for columns in ({"repeat": "1 day"}, {"cron": daily}):
+        id = table.insert("SELECT 1", plan=plan, first=plan, zone="UTC", **columns)
         table.execute("UPDATE task SET state = 'WORK' WHERE id = %s", [id])
-        first = cron.following("0 12 * * *", "UTC", datetime.now(UTC))
+        first = cron.following(daily, "UTC", datetime.now(UTC))
         assert of(table, id, "-n", "2") == [f"{first:%Y-%m-%d %H:%M:%S%z %a}", f"{first + DAY:%Y-%m-%d %H:%M:%S%z %a}"]
     id = table.insert("SELECT 1", plan="2020-01-01 12:00Z")
     table.execute("UPDATE task SET state = 'WORK' WHERE id = %s", [id])

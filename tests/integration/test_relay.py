@@ -110,7 +110,6 @@ def test_run_begins_behind_the_one_before_in_one_go(group: Group) -> None:
         "SELECT lo_create(0) > 0",
         "SELECT '\\d'",
         "SELECT count(*) FROM pg_prepared_statements WHERE from_sql",
-        "SELECT count(*) FROM pg_cursors",
         "SELECT current_setting('transaction_isolation'), current_setting('transaction_read_only')",
     ],
 )
