@@ -1,7 +1,7 @@
 """A run that begins right behind the commit of the one before, in the same pipeline: what it must not see, and what
 it must say as a run that began by itself does."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,8 @@ from tests.fixtures.ledger import ENTRY, Ledger
 from tests.fixtures.locks import held, runs_waiting
 from tests.fixtures.master import Master
 from tests.fixtures.proxy import Proxy
+from tests.fixtures.served import Served, served
+from tests.fixtures.server import AnyServer
 from tests.fixtures.wait import eventually
 
 SAME = ("state", "output", "error", "code", "notice")
@@ -44,15 +46,38 @@ class Group:
         columns = {"delete": False, "header": False} | columns
         return self.database.wait(self.database.insert(input, group="alone " + input[:40], **columns))
 
-    def function(self, name: str, body: str, returns: str = "int") -> None:
+    def function(self, name: str, body: str, returns: str = "int", takes: str = "") -> None:
+        """In place of one of this name that another test has made."""
         self.database.execute(
-            f"CREATE FUNCTION {name}() RETURNS {returns} LANGUAGE plpgsql AS $f$ BEGIN {body} END $f$"
+            f"DROP FUNCTION IF EXISTS {name}; "
+            f"CREATE FUNCTION {name}({takes}) RETURNS {returns} LANGUAGE plpgsql AS $f$ BEGIN {body} END $f$"
         )
+
+    def ledger(self) -> None:
+        """An empty table `did`, into which `SELECT does(2)` writes: a query, which may follow."""
+        self.database.execute("DROP TABLE IF EXISTS did; CREATE TABLE did (what int)")
+        self.function("does", "INSERT INTO did VALUES ($1); RETURN $1;", takes="what int")
+
+    def did(self) -> list[int]:
+        return [what for (what,) in self.database.execute("SELECT what FROM did ORDER BY 1")]
+
+
+@pytest.fixture(scope="module")
+def base(server: AnyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One master for most of the module."""
+    with served(server, tmp_path_factory.mktemp("relay")) as one:
+        yield one
 
 
 @pytest.fixture
-def group(database: Database, master: Callable[..., Master]) -> Group:
-    return Group(database, master("--batch-time", "20ms", database.conninfo, tables=1))
+def group(base: Served) -> Group:
+    return Group(base.database, base.master)
+
+
+@pytest.fixture
+def own(database: Database, master: Callable[..., Master]) -> Group:
+    """With a database and a master of its own."""
+    return Group(database, master(database.conninfo, tables=1))
 
 
 def text(row: dict[str, Any]) -> dict[str, Any]:
@@ -69,51 +94,50 @@ def test_run_begins_behind_the_one_before_in_one_go(group: Group) -> None:
 # What is the same as in a run that began by itself
 
 
-@pytest.mark.parametrize(
-    "input",
-    [
-        "SELECT 1 AS a, 'b' AS b, NULL",
-        "SELECT 1; ;",
-        "TABLE kept",
-        "VALUES (1, 2), (3, 4)",
-        "WITH x AS (SELECT 7 AS n) INSERT INTO kept SELECT n FROM x RETURNING n",
-        "INSERT INTO kept VALUES (1)",
-        "UPDATE kept SET n = n",
-        "DELETE FROM kept WHERE n = -1",
-        "SELECT 1 AS n INTO TEMP made",
-        "SELECT",
-        "SELECT 1/0",
-        "SELECT missing",
-        "SELECT 'й', missing",
-        "SELECT FROM WHERE",
-        "SELECT 'unterminated",
-        "SELECT 1 SELECT 2",
-        "SELECT $1",
-        "SELECT $1::int",
-        "SELECT 1 + $1",
-        "INSERT INTO kept VALUES ($1)",
-        "SELECT n FROM kept WHERE n = $2",
-        "INSERT INTO ruled VALUES (1)",
-        "UPDATE ruled SET n = 2",
-        "DELETE FROM ruled",
-        "INSERT INTO child VALUES (7)",
-        "SELECT raises()",
-        "SELECT noisy()",
-        "SELECT commits()",
-        "SELECT isolates()",
-        "SELECT reads_only()",
-        "SELECT set_config('transaction_isolation', 'serializable', true)",
-        "SELECT badly()",
-        "SELECT latin()",
-        "INSERT INTO kept SELECT 1 WHERE 'x' = E'\\'' RETURNING 'a;b'",
-        "SELECT pg_notify('it', 'x')",
-        "SELECT lo_create(0) > 0",
-        "SELECT '\\d'",
-        "SELECT count(*) FROM pg_prepared_statements WHERE from_sql",
-        "SELECT current_setting('transaction_isolation'), current_setting('transaction_read_only')",
-    ],
-)
-def test_result_is_that_of_the_simple_protocol(group: Group, input: str) -> None:
+INPUTS = [
+    "SELECT 1 AS a, 'b' AS b, NULL",
+    "SELECT 1; ;",
+    "TABLE kept",
+    "VALUES (1, 2), (3, 4)",
+    "WITH x AS (SELECT 7 AS n) INSERT INTO kept SELECT n FROM x RETURNING n",
+    "INSERT INTO kept VALUES (1)",
+    "UPDATE kept SET n = n",
+    "DELETE FROM kept WHERE n = -1",
+    "SELECT 1 AS n INTO TEMP made",
+    "SELECT",
+    "SELECT 1/0",
+    "SELECT missing",
+    "SELECT 'й', missing",
+    "SELECT FROM WHERE",
+    "SELECT 'unterminated",
+    "SELECT 1 SELECT 2",
+    "SELECT $1",
+    "SELECT $1::int",
+    "SELECT 1 + $1",
+    "INSERT INTO kept VALUES ($1)",
+    "SELECT n FROM kept WHERE n = $2",
+    "INSERT INTO ruled VALUES (1)",
+    "UPDATE ruled SET n = 2",
+    "DELETE FROM ruled",
+    "INSERT INTO child VALUES (7)",
+    "SELECT raises()",
+    "SELECT noisy()",
+    "SELECT commits()",
+    "SELECT isolates()",
+    "SELECT reads_only()",
+    "SELECT set_config('transaction_isolation', 'serializable', true)",
+    "SELECT badly()",
+    "SELECT latin()",
+    "INSERT INTO kept SELECT 1 WHERE 'x' = E'\\'' RETURNING 'a;b'",
+    "SELECT pg_notify('it', 'x')",
+    "SELECT lo_create(0) > 0",
+    "SELECT '\\d'",
+    "SELECT count(*) FROM pg_prepared_statements WHERE from_sql",
+    "SELECT current_setting('transaction_isolation'), current_setting('transaction_read_only')",
+]
+
+
+def test_result_is_that_of_the_simple_protocol(group: Group) -> None:
     group.database.execute(
         "CREATE TABLE kept (n int); CREATE TABLE ruled (n int);"
         "CREATE RULE i AS ON INSERT TO ruled DO ALSO SELECT 41 AS rule;"
@@ -129,8 +153,11 @@ def test_result_is_that_of_the_simple_protocol(group: Group, input: str) -> None
     group.function("reads_only", "SET TRANSACTION READ ONLY; RETURN 3;")
     group.function("badly", "EXECUTE 'SELEC'; RETURN 3;")
     group.function("latin", "PERFORM set_config('client_encoding', 'LATIN1', false); RETURN 'й\xe9';", "text")
-    [followed] = group.run(input)
-    assert text(followed) == text(group.alone(input))
+    for input in INPUTS:
+        group.database.execute("TRUNCATE kept, ruled")
+        [followed] = group.run(input)
+        group.database.execute("TRUNCATE kept, ruled")
+        assert text(followed) == text(group.alone(input)), input
 
 
 def test_failing_run_says_the_same_each_time(group: Group) -> None:
@@ -166,39 +193,38 @@ LEFT = """SELECT (SELECT count(*) FROM pg_listening_channels()), (SELECT count(*
     current_setting('my.own', true), current_setting('constraint_exclusion')"""
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "EXECUTE 'LISTEN it';",
-        "EXECUTE 'DECLARE c CURSOR WITH HOLD FOR SELECT 1';",
-        "EXECUTE 'PREPARE mine AS SELECT 1';",
-        "EXECUTE 'CREATE TEMP TABLE t (a int)';",
-        "PERFORM pg_advisory_lock(99);",
-        "EXECUTE format('SET ROLE %I', session_user);",
-        "EXECUTE format('SET SESSION AUTHORIZATION %I', session_user);",
-        "EXECUTE 'SET search_path = nowhere';",
-        "EXECUTE 'SET statement_timeout = 4321';",
-        "PERFORM set_config('client_encoding', 'LATIN1', false);",
-        "EXECUTE 'SET work_mem = 77';",
-        "EXECUTE 'SET default_transaction_isolation = ''serializable''';",
-        "EXECUTE 'SET default_transaction_read_only = on';",
-        "EXECUTE 'SET default_transaction_deferrable = on';",
-        "EXECUTE 'SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL SERIALIZABLE, READ ONLY, DEFERRABLE';",
-        "EXECUTE 'SET my.own = 1';",
-        "EXECUTE 'DEALLOCATE ALL';",
-        "EXECUTE 'SET CONSTRAINTS ALL IMMEDIATE';",
-        "EXECUTE 'LISTEN it'; EXECUTE 'PREPARE mine AS SELECT 1';",
-    ],
-)
+BODIES = [
+    "EXECUTE 'LISTEN it';",
+    "EXECUTE 'DECLARE c CURSOR WITH HOLD FOR SELECT 1';",
+    "EXECUTE 'PREPARE mine AS SELECT 1';",
+    "EXECUTE 'CREATE TEMP TABLE t (a int)';",
+    "PERFORM pg_advisory_lock(99);",
+    "EXECUTE format('SET ROLE %I', session_user);",
+    "EXECUTE format('SET SESSION AUTHORIZATION %I', session_user);",
+    "EXECUTE 'SET search_path = nowhere';",
+    "EXECUTE 'SET statement_timeout = 4321';",
+    "PERFORM set_config('client_encoding', 'LATIN1', false);",
+    "EXECUTE 'SET work_mem = 77';",
+    "EXECUTE 'SET default_transaction_isolation = ''serializable''';",
+    "EXECUTE 'SET default_transaction_read_only = on';",
+    "EXECUTE 'SET default_transaction_deferrable = on';",
+    "EXECUTE 'SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL SERIALIZABLE, READ ONLY, DEFERRABLE';",
+    "EXECUTE 'SET my.own = 1';",
+    "EXECUTE 'DEALLOCATE ALL';",
+    "EXECUTE 'SET CONSTRAINTS ALL IMMEDIATE';",
+    "EXECUTE 'LISTEN it'; EXECUTE 'PREPARE mine AS SELECT 1';",
+]
+
+
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_a_run_leaves_the_next_does_not_find(group: Group, body: str, fails: bool) -> None:
-    group.function("leaves", f"{body} {'PERFORM 1/0;' if fails else ''} RETURN 3;")
-    clean, left, *after = group.run(LEFT, "SELECT leaves()", LEFT, LEFT, "SELECT leaves()", "SELECT 1/0", LEFT)
-    assert left["state"] == ("FAIL" if fails else "DONE")
-    assert [row["output"].replace("\\N", "") for row in (after[0], after[1], after[4])] == [
-        clean["output"].replace("\\N", "")
-    ] * 3
-    assert {row["attempt"] for row in (left, *after)} == {1}
+def test_what_a_run_leaves_the_next_does_not_find(group: Group, fails: bool) -> None:
+    for body in BODIES:
+        group.function("leaves", f"{body} {'PERFORM 1/0;' if fails else ''} RETURN 3;")
+        clean, left, *after = group.run(LEFT, "SELECT leaves()", LEFT, LEFT, "SELECT leaves()", "SELECT 1/0", LEFT)
+        assert left["state"] == ("FAIL" if fails else "DONE"), body
+        found = [row["output"].replace("\\N", "") for row in (after[0], after[1], after[4])]
+        assert found == [clean["output"].replace("\\N", "")] * 3, body
+        assert {row["attempt"] for row in (left, *after)} == {1}, body
 
 
 def test_channel_that_a_run_listened_to_is_left_when_the_next_fails(group: Group) -> None:
@@ -280,32 +306,34 @@ def test_timeout_ends_the_run_that_it_is_of_and_the_next_goes_on(group: Group) -
     assert "timeout" in late["error"]
 
 
+WAITS = "SELECT does(2) FROM pg_advisory_xact_lock_shared(7000)"
+
+
 @pytest.mark.parametrize("how", ["UPDATE task SET state = 'STOP' WHERE id = %s", "DELETE FROM task WHERE id = %s"])
 def test_stop_hits_the_run_that_it_is_of(group: Group, how: str) -> None:
-    group.database.execute("CREATE TABLE did (what int)")
-    wait = "INSERT INTO did SELECT 2 FROM pg_advisory_xact_lock_shared(7000)"
+    group.ledger()
     with held(group.database):
-        a, b, c = group.insert("INSERT INTO did VALUES (1)", wait, "INSERT INTO did VALUES (3)")
+        a, b, c = group.insert("SELECT does(1)", WAITS, "SELECT does(3)")
         eventually(lambda: runs_waiting(group.database))
         group.database.execute(how, [b])
         last = group.database.wait(c)
     assert (group.database.wait(a)["state"], last["state"], last["attempt"]) == ("DONE", "DONE", 1)
-    assert group.database.execute("SELECT what FROM did ORDER BY 1") == [(1,), (3,)]
+    assert group.did() == [1, 3]
 
 
-def test_run_whose_commit_fails_is_alone_in_that(group: Group) -> None:
+def test_run_whose_commit_fails_is_alone_in_that(own: Group) -> None:
     """The next was sent behind a commit that never was; it is taken again."""
-    group.database.execute(
-        "CREATE TABLE did (what int);"
+    own.ledger()
+    own.database.execute(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         " IF current_setting('search_path') = 'pg_catalog, pg_temp' THEN RAISE 'at the commit'; END IF; RETURN NULL;"
         " END $$;"
         "CREATE CONSTRAINT TRIGGER refuse AFTER UPDATE ON task DEFERRABLE INITIALLY DEFERRED FOR EACH ROW"
         " WHEN (NEW.input LIKE '%refused%' AND NEW.state = 'DONE') EXECUTE FUNCTION refuse()"
     )
-    bad, good = group.run("INSERT INTO did SELECT 1 WHERE 'refused' > ''", "INSERT INTO did VALUES (2)")
+    bad, good = own.run("SELECT does(1) WHERE 'refused' > ''", "SELECT does(2)")
     assert (bad["state"], good["state"], good["attempt"]) == ("FAIL", "DONE", 1)
-    assert group.database.execute("SELECT what FROM did") == [(2,)]
+    assert own.did() == [2]
 
 
 def test_conflict_at_the_commit_repeats_that_run_only(database: Database, master: Callable[..., Master]) -> None:
@@ -401,30 +429,28 @@ def test_saved_settings_reach_the_next_run_only(group: Group) -> None:
 # The session ends
 
 
-def test_run_that_ends_the_session_is_lost_and_the_one_before_is_done_once(group: Group) -> None:
-    group.master.may_log_errors = True
-    group.database.execute("CREATE TABLE did (what int)")
+def test_run_that_ends_the_session_is_lost_and_the_one_before_is_done_once(own: Group) -> None:
+    own.master.may_log_errors = True
+    own.ledger()
     killing = "SELECT pg_terminate_backend(pg_backend_pid())"
-    a, b, c = group.insert("INSERT INTO did VALUES (1)", killing, "INSERT INTO did VALUES (3)")
-    rows = [group.database.wait(id, timeout=60) for id in (a, b, c)]
+    rows = own.run("SELECT does(1)", killing, "SELECT does(3)")
     assert [row["state"] for row in rows] == ["DONE", "FAIL", "DONE"]
     assert rows[1]["error"].startswith("ERROR:  run lost 4 times")
     assert (rows[0]["attempt"], rows[2]["attempt"]) == (1, 1)
-    assert group.database.execute("SELECT what FROM did ORDER BY 1") == [(1,), (3,)]
+    assert own.did() == [1, 3]
 
 
-def test_backend_that_is_killed_while_the_next_runs_costs_that_run_only(group: Group) -> None:
-    group.database.execute("CREATE TABLE did (what int)")
-    wait = "INSERT INTO did SELECT 2 FROM pg_advisory_xact_lock_shared(7000)"
-    with held(group.database):
-        ids = group.insert("INSERT INTO did VALUES (1)", wait, "INSERT INTO did VALUES (3)")
-        eventually(lambda: runs_waiting(group.database))
-        [(backend,)] = group.database.execute("SELECT pid FROM task WHERE id = %s", [ids[1]])
-        group.database.admin_execute("SELECT pg_terminate_backend(%s)", [backend])
-        eventually(lambda: (group.database.task(ids[1]) or {})["pid"] != backend)
-    rows = [group.database.wait(id) for id in ids]
+def test_backend_that_is_killed_while_the_next_runs_costs_that_run_only(own: Group) -> None:
+    own.ledger()
+    with held(own.database):
+        ids = own.insert("SELECT does(1)", WAITS, "SELECT does(3)")
+        eventually(lambda: runs_waiting(own.database))
+        [(backend,)] = own.database.execute("SELECT pid FROM task WHERE id = %s", [ids[1]])
+        own.database.admin_execute("SELECT pg_terminate_backend(%s)", [backend])
+        eventually(lambda: (own.database.task(ids[1]) or {})["pid"] != backend)
+    rows = [own.database.wait(id) for id in ids]
     assert [(row["state"], row["attempt"]) for row in rows] == [("DONE", 1), ("DONE", 2), ("DONE", 1)]
-    assert group.database.execute("SELECT what FROM did ORDER BY 1") == [(1,), (2,), (3,)]
+    assert own.did() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -438,11 +464,12 @@ def test_answers_that_do_not_arrive_cost_the_worker_and_not_its_group(
     """What the server has said is lost while the sockets stay open; only the master can know that it waits."""
     proxy = new_proxy(database.tcp)
     ledger = Ledger(database)
-    master("--warm", "0", "--safety", "1s", proxy.conninfo, tables=1)
+    one = master("--warm", "0", "--safety", "1s", proxy.conninfo, tables=1)
+    Group(database, one).function("enters", f"{ENTRY}; RETURN 1;")
     with held(database):
-        ledger.fill(1, groups=1, input=f"{ENTRY} AND pg_advisory_xact_lock_shared(7000) IS NOT NULL")
+        ledger.fill(1, groups=1, input="SELECT enters() FROM pg_advisory_xact_lock_shared(7000)")
         eventually(lambda: runs_waiting(database))
-        ledger.fill(3, groups=1, input=f"{ENTRY} RETURNING 1 AS pgtask_relayed")
+        ledger.fill(3, groups=1, input="SELECT enters() AS pgtask_relayed")
         trap = proxy.trap(pattern, answer=answer, name="pgtask worker", deaf=True)
     assert trap.sprung.wait(20)
     ledger.settled(60)
@@ -459,6 +486,6 @@ def test_large_results_and_large_inputs_follow_whole(group: Group) -> None:
 
 
 def test_many_runs_leave_nothing_open_in_libpq(group: Group) -> None:
-    rows = group.run(*["INSERT INTO task_did SELECT 1/0" if at % 7 == 0 else f"SELECT {at}" for at in range(300)])
+    rows = group.run(*["SELECT 1 / 0 AS wrong" if at % 7 == 0 else f"SELECT {at}" for at in range(300)])
     assert [row["output"] for row in rows if row["state"] == "DONE"] == [str(at) for at in range(300) if at % 7]
     assert len({row["pid"] for row in rows}) <= 3
