@@ -8,6 +8,7 @@ import pytest
 
 from tests.fixtures.database import Database
 from tests.fixtures.master import Master
+from tests.fixtures.patient import patient
 from tests.fixtures.processes import frozen
 from tests.fixtures.wait import eventually
 
@@ -50,7 +51,8 @@ def assert_nothing_was_begun(database: Database, one: Master) -> None:
 
 @pytest.mark.parametrize(("sig", "limit"), [(SIGTERM, 3), (SIGINT, 2)])
 def test_stop_with_fifty_busy_workers_is_bounded(database: Database, master: Start, sig: Signals, limit: int) -> None:
-    one = master("--workers", "50", "--stop-timeout", "1s", database.conninfo, tables=1)
+    arguments = ("--workers", "50", "--stop-timeout", "1s", database.conninfo)
+    one = master(*arguments, tables=1, through=patient(grace=SLACK))
     queue(database, SLEEPING, 50)
     running(database, 50)
     assert seconds_to_stop(one, sig) < limit + SLACK
@@ -63,7 +65,8 @@ def test_stop_is_bounded_when_workers_hang_and_tasks_swallow_the_cancel_or_wait_
     database: Database, master: Start, sig: Signals, limit: int
 ) -> None:
     database.execute("CREATE TABLE held AS SELECT 1 AS x")
-    one = master("--workers", "50", "--stop-timeout", "1s", database.conninfo, tables=1)
+    arguments = ("--workers", "50", "--stop-timeout", "1s", database.conninfo)
+    one = master(*arguments, tables=1, through=patient(grace=1.5))
     one.may_log_errors = True  # worker_killed
     locking = database.connect(autocommit=False)
     locking.execute(LOCKED)

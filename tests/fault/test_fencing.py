@@ -80,6 +80,7 @@ def test_run_whose_row_was_taken_away_is_undone_and_leaves_the_row_alone(
     assert (after, effects(database, mark)) == (before, 0)
     database.execute(f"DELETE FROM task WHERE id IN ({id}, -{id})")  # which may hold the group's slot
     assert database.wait(following)["state"] == "DONE"
+    assert effects(database, mark) == 0  # and by now it has ended
 
 
 def test_run_that_is_not_atomic_and_lost_its_row_says_nothing_in_it(base: Served) -> None:

@@ -701,7 +701,7 @@ def wrong_changes(journal: list[dict[str, Any]], user: str) -> Iterator[str]:
         bound = row["max"] >= 0 and row["repeat"] == 0
         if row["new"] == "GONE" and not (bound and late > 0):
             yield f"{row['id']} is GONE although it was not late, entry {row['n']}"
-        if row["new"] != "GONE" and bound and late > 5:
+        if row["new"] != "GONE" and bound and late > 60:
             yield f"{row['id']} was begun too late, entry {row['n']}"
 
 

@@ -90,8 +90,8 @@ def test_wrong_configuration_is_said_and_a_running_master_left_alone(script: Scr
         assert 'did you mean "workers"' in script(verb, status=NOT_CONFIGURED)
     assert "running" in script("status")
     assert script.service.masters() == [pid]
-    assert "reload" not in script.service.logged()
     script("stop")  # for which the file need not be right
+    assert "reload" not in script.service.logged()
     assert 'did you mean "workers"' in script("start", status=NOT_CONFIGURED)
     assert not script.service.pidfile.exists()
 
@@ -234,6 +234,7 @@ def test_stop_lets_a_run_end(script: Script) -> None:
 
 def test_force_stop_puts_a_run_back_at_once(script: Script) -> None:
     script.configure('stop_timeout = "10 min"')
+    script.default(KILL_AFTER=60)
     script.started()
     id = script.database.insert("SELECT pg_sleep(600)", delete=False)
     script.database.wait(id, "WORK")

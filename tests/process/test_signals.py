@@ -12,6 +12,7 @@ import pytest
 from tests.fixtures.database import Database
 from tests.fixtures.locks import WAIT, held
 from tests.fixtures.master import Master
+from tests.fixtures.patient import patient
 from tests.fixtures.processes import processes
 from tests.fixtures.wait import eventually
 
@@ -39,13 +40,21 @@ def is_back(database: Database, id: int) -> bool:
     return (row["state"], row["attempt"], row["pid"], row["start"], row["error"]) == ("PLAN", 0, None, None, None)
 
 
+def warm(database: Database) -> bool:
+    """Does a session wait for a worker?"""
+    query = "SELECT 1 FROM pg_stat_activity WHERE datname = %s AND application_name = 'pgtask warm'"
+    return bool(database.admin_execute(query, [database.name]))
+
+
 def test_term_lets_runs_end_and_takes_nothing_more(database: Database, master: Callable[..., Master]) -> None:
     one = master(database.conninfo)
     with held(database):
         id = long_run(database, WAIT)
         waiting = database.insert("SELECT 1")
+        eventually(lambda: warm(database))
         one.signal(SIGTERM)
         one.wait_log("stopping")
+        eventually(lambda: not warm(database))  # it says so first, and then tells the workers
         late = database.insert("SELECT 1", group="other")
     assert one.process.wait(20) == 0
     assert database.wait(id)["state"] == "DONE"
@@ -67,7 +76,7 @@ def test_signal_ends_an_idle_master_at_once(database: Database, master: Callable
 def test_run_longer_than_stop_timeout_is_cancelled_and_costs_no_attempt(
     database: Database, master: Callable[..., Master]
 ) -> None:
-    one = master("--stop-timeout", "500ms", database.conninfo, tables=1)
+    one = master("--stop-timeout", "500ms", database.conninfo, tables=1, through=patient())
     ids = [long_run(database, group=f"g{n}") for n in range(3)]
     since = time.monotonic()
     assert one.stop(SIGTERM) == 0
@@ -78,7 +87,7 @@ def test_run_longer_than_stop_timeout_is_cancelled_and_costs_no_attempt(
 
 
 def test_int_cancels_at_once_and_costs_no_attempt(database: Database, master: Callable[..., Master]) -> None:
-    one = master(database.conninfo)
+    one = master(database.conninfo, through=patient())
     ids = [long_run(database, group=f"g{n}") for n in range(3)]
     since = time.monotonic()
     assert one.stop(SIGINT) == 0
@@ -90,7 +99,7 @@ def test_int_cancels_at_once_and_costs_no_attempt(database: Database, master: Ca
 def test_run_that_catches_the_cancel_is_ended_and_its_row_is_not_left_in_work(
     database: Database, master: Callable[..., Master]
 ) -> None:
-    one = master(database.conninfo)
+    one = master(database.conninfo, through=patient(grace=1.5))
     one.may_log_errors = True
     id = long_run(database)
     database.execute("DELETE FROM task WHERE id = %s", [id])
@@ -109,7 +118,7 @@ def test_run_that_catches_the_cancel_is_ended_and_its_row_is_not_left_in_work(
 
 
 def test_harsher_signal_cuts_a_gentle_stop_short(database: Database, master: Callable[..., Master]) -> None:
-    one = master(database.conninfo)
+    one = master(database.conninfo, through=patient())
     id = long_run(database)
     one.signal(SIGTERM)
     one.wait_log("stopping signal=TERM")
@@ -159,7 +168,7 @@ def test_quit_during_a_gentle_stop_leaves_at_once(database: Database, master: Ca
 
 
 def test_ctrl_c_of_the_whole_process_group_is_a_clean_stop(database: Database, master: Callable[..., Master]) -> None:
-    one = master(database.conninfo)
+    one = master(database.conninfo, through=patient())
     ids = [long_run(database, group=f"g{n}") for n in range(3)]
     os.killpg(one.pid, SIGINT)
     assert one.process.wait(20) == 0
@@ -169,7 +178,7 @@ def test_ctrl_c_of_the_whole_process_group_is_a_clean_stop(database: Database, m
 
 def test_stop_while_workers_are_being_forked_loses_nothing(database: Database, master: Callable[..., Master]) -> None:
     for sig in (SIGTERM, SIGINT):
-        one = master(database.conninfo)
+        one = master(database.conninfo, through=patient())
         database.execute(
             'INSERT INTO task (input, "group", delete)'
             " SELECT 'SELECT 1', n::text, false FROM generate_series(1, 40) AS n"
@@ -202,7 +211,7 @@ def test_worker_that_is_killed_during_a_stop_delays_it_by_nothing_and_its_row_is
 
 def test_stop_while_workers_end_is_clean(database: Database, master: Callable[..., Master]) -> None:
     for _ in range(2):
-        one = master("--linger", "0", database.conninfo, tables=1)
+        one = master("--linger", "0", database.conninfo, tables=1, through=patient())
         ids = [database.insert("SELECT 1", group=f"g{n}", delete=False) for n in range(10)]
         for id in ids:
             database.wait(id)

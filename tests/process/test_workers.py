@@ -10,7 +10,7 @@ import pytest
 from tests.fixtures.database import Database
 from tests.fixtures.locks import KEY, WAIT, falls_asleep
 from tests.fixtures.master import Master
-from tests.fixtures.processes import descriptors, processes
+from tests.fixtures.processes import descriptors, idle, processes
 from tests.fixtures.proxy import Proxy
 from tests.fixtures.wait import eventually
 
@@ -94,7 +94,7 @@ def test_worker_drains_its_group_with_one_session(
     assert len({row["pid"] for row in rows}) == 1
     assert {row["output"] for row in rows[1:]} == {str(rows[0]["pid"])}
     assert [row["start"] for row in rows] == sorted(row["start"] for row in rows)
-    assert len(one.logged("worker_forked")) == 1
+    assert len(one.wait_log("worker_forked")) == 1
 
 
 def test_idle_worker_is_ended_after_linger(database: Database, master: Callable[..., Master]) -> None:
@@ -113,7 +113,7 @@ def test_lingering_worker_is_reused_for_another_group_without_a_fork(
     pids = set()
     for n in range(5):
         pids.add(database.wait(database.insert("SELECT 1", group=f"group {n}", delete=False))["pid"])
-        eventually(lambda: one.title(one.workers()[0]).endswith(" idle"))  # it says so after its commit
+        eventually(lambda: idle(one.workers()[0]))  # it says so after its commit
     assert len(pids) == 1
     assert len(one.logged("worker_forked")) == 1
 
