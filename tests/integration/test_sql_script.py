@@ -17,7 +17,7 @@ from tests.fixtures.database import Database
 from tests.fixtures.master import ROOT, Master
 from tests.unit.test_cli import USER, refused
 
-PGTASK = "from pgtask.cli import user; user()"
+PGTASK = "from pgtask.user.commands import user; user()"
 
 
 def pgtask_sql(*arguments: str) -> str:
