@@ -3,7 +3,8 @@
 When the input left its transaction open, that is the transaction: the effect of a task and its being done commit
 together, in one round trip. Everything that a task may have done to its session is met here: our statements run
 behind a savepoint, with the role and settings put back; what fails there costs the task neither its work nor its
-result. The row is written only while it belongs to this run, or the work is undone.
+result. The row is written only while it belongs to this run, or the work is undone. The next run may begin right
+behind the commit: only on a first try, where all that stands before it in the pipeline has succeeded.
 
 `Finisher.finish` is a loop over attempts: each sends one pipeline, and each failure names the step that failed and
 so what to try next. It ends with the row finished, or with the knowledge that it is no longer ours.

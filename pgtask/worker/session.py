@@ -1,8 +1,9 @@
 """One PostgreSQL session over libpq, for plain synchronous code that must never block on it alone.
 
-Every wait goes through a `Waiter`, which also watches the master's channel, signals and a deadline. Two ways to
+Every wait goes through a `Waiter`, which also watches the master's channel, signals and a deadline. Three ways to
 talk: `query` sends a text by the simple protocol and hands over each result as it comes; `pipeline` sends several
-of our own prepared statements at once, for one round trip. Nothing here knows what a task is.
+of our own prepared statements at once, for one round trip; `relay` does so and goes on behind them, and until
+`followed` has read that to its end nothing else may be asked. Nothing here knows what a task is.
 """
 
 import os

@@ -64,8 +64,9 @@ class Group:
 
 @pytest.fixture(scope="module")
 def base(server: AnyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One master for most of the module."""
-    with served(server, tmp_path_factory.mktemp("relay")) as one:
+    """One master for most of the module; a worker for each run of a group, so that none lets nothing follow for what
+    another test has left in its session."""
+    with served(server, tmp_path_factory.mktemp("relay"), more="[master]\nlinger = 0") as one:
         yield one
 
 
