@@ -59,9 +59,9 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Cancel:
-    """Master to worker: cancel the run of row `id` (None: whatever runs); `back` returns the row to PLAN."""
+    """Master to worker: cancel the run of any of the rows `ids` (None: whatever runs); `back` returns it to PLAN."""
 
-    id: int | None = None
+    ids: list[int] | None = None
     back: bool = False
     kind: ClassVar[str] = "cancel"
 

@@ -31,6 +31,9 @@ from pgtask.worker.run import readable
 FOREIGN_GAP = 0.5
 """Seconds between looks at runs of another master's workers: nobody tells us when they end."""
 
+DEAF_GAP = 0.05
+"""Seconds after which a worker is told again that did not read what it was told."""
+
 UNREAD = 10
 """Seconds that a server may wait for a worker that waits for it before we say that nothing passes between them."""
 
@@ -158,10 +161,12 @@ class Mender:
 
     async def _cancel_stopped(self, term: Term) -> None:
         """Cancel the runs of rows that are theirs no more; a notification proves nothing, the row does."""
-        ids = list(self._stopped)
-        for id, owners in await term.session.rows(self._store.text("owners"), ids):
-            self._pool.cancel(self._client, id, {(pid, attempt) for pid, attempt in owners})
-        self._stopped.difference_update(ids)
+        ids, self._stopped = self._stopped, set()  # what is told from now on may be newer than the answer
+        rows = await term.session.rows(self._store.text("owners"), list(ids))
+        runs = {id: {(pid, attempt) for pid, attempt in owners} for id, owners in rows}
+        if not self._pool.cancel(self._client, runs):
+            self._stopped |= ids
+            asyncio.get_running_loop().call_later(DEAF_GAP, self._client.wake)
 
     async def _bury(self, term: Term) -> None:
         """End the sessions of dead workers, and rescue their rows when those are really gone."""

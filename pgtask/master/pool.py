@@ -12,7 +12,7 @@ import random
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
@@ -36,6 +36,9 @@ from pgtask.process import (
     Run,
 )
 from pgtask.worker.worker import HELD, Ready, Spec, Worker
+
+MANY = 2000
+"""Ids in one message: with them it is shorter than a packet may be."""
 
 QUIET = 10.0
 """Seconds without a refused session after which a table's workers are no longer forked one at a time."""
@@ -191,8 +194,8 @@ class Pool:
         """Give a row to an idle worker that admits it, or to a new one, for which an idle one may have to end first."""
         for handle in self.of(client):
             if handle.state is State.IDLE and handle.admits(taken):
-                self._give(handle, taken)
-                return
+                if self._give(handle, taken):
+                    return
         full = self._unused() <= 0
         refused = self.retry_at(client) is not None  # no session to be had but that of a worker that ends
         replaces = (full or refused) and self._end_one_idle(of=client)
@@ -243,20 +246,23 @@ class Pool:
             if blocked or not self._fork(client, None):
                 return
 
-    def cancel(self, client: Client, id: int, owners: Collection[tuple[int, int]] = ()) -> None:
-        """A running row was stopped or deleted: whoever runs it, cancel it; but not the runs that it has now.
+    def cancel(self, client: Client, stopped: Mapping[int, Collection[tuple[int, int]]]) -> bool:
+        """Running rows were stopped or deleted: whoever runs them, cancel it; but not the runs that they have now.
 
-        `owners` are those: backend (the poller's for a row that is about to begin) and attempt. A stopped run is one of
-        the others to its end, of which only the poller knows: so nobody beside it in its group takes the next by
-        himself.
+        `stopped` has these for each id: backend (the poller's for a row that is about to begin) and attempt. A stopped
+        run is one of the others to its end, of which only the poller knows: so nobody beside it in its group takes the
+        next by himself. False if there is a worker that does not read what it is told.
         """
         busy = [handle for handle in self.of(client) if handle.state is State.BUSY]
+        told = True
         for handle in busy:
-            if not (owners and handle.owns(id, owners)):
-                handle.channel.send(Cancel(id=id))
-        if not owners:
+            ids = [id for id, owners in stopped.items() if not (owners and handle.owns(id, owners))]
+            for some in range(0, len(ids), MANY):
+                told = handle.channel.send(Cancel(ids=ids[some : some + MANY])) and told
+        if not all(stopped.values()):
             lanes = Counter(taken.lane for taken in self.assigned(client))
             self._ask_for_room((h for h in busy if h.assigned is not None and lanes[h.assigned.lane] > 1), now=True)
+        return told
 
     def reports(self, client: Client) -> bool:
         """Is the client told of every row whose run has ended?"""
@@ -364,13 +370,16 @@ class Pool:
                 else:
                     queue.append((owner, taken))
 
-    def _give(self, handle: Handle, taken: Taken) -> None:
+    def _give(self, handle: Handle, taken: Taken) -> bool:
+        """False if the worker does not read what it is told."""
+        if not handle.channel.send(taken.run()):
+            return False
         if handle.linger is not None:
             handle.linger.cancel()
             handle.linger = None
         handle.state, handle.assigned, handle.asked = State.BUSY, taken, False
-        handle.channel.send(taken.run())
         self._heed_hold(handle)
+        return True
 
     def _fork_next(self) -> None:
         """One in a turn of the loop: it stands still while the kernel copies our pages."""
@@ -477,9 +486,8 @@ class Pool:
             return
         handle.state, handle.asked = State.IDLE, False
         for item in self._next:
-            if item[0] is handle.client and handle.admits(item[1]):
+            if item[0] is handle.client and handle.admits(item[1]) and self._give(handle, item[1]):
                 self._next.remove(item)
-                self._give(handle, item[1])
                 self._place_free()
                 return
         ending = sum(h.state is State.ENDING for h in self.handles.values())

@@ -293,11 +293,11 @@ class Worker:
                 case Report(on=on):
                     self.reporting = on
                     self._report()  # it was committed after the master began to ask, maybe
-                case Cancel(id=id, back=back):
-                    if self.running and (id is None or id in self.running):
+                case Cancel(ids=ids, back=back):
+                    if self.running and (ids is None or self.running.intersection(ids)):
                         self.limits.cancelled = "back" if back else "stop"
                         self._show_cancel()
-                    if id is None:
+                    if ids is None:
                         self.leaving = True
         if self.channel.closed:
             self.leaving = True

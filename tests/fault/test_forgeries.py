@@ -13,6 +13,7 @@ import pytest
 
 from tests.fixtures.database import Database
 from tests.fixtures.master import Master
+from tests.fixtures.processes import frozen
 from tests.fixtures.served import Served, served
 from tests.fixtures.server import AnyServer
 from tests.fixtures.wait import eventually
@@ -142,6 +143,23 @@ def test_flood_of_notifications_keeps_no_task_waiting(base: Served, stranger: ps
         assert base.run("SELECT 1", group="flooded")["state"] == "DONE"
     assert base.database.task(running) == before
     base.database.execute("DELETE FROM task WHERE id = %s", [running])
+
+
+def test_stop_reaches_a_worker_that_hung_while_others_were_told(base: Served, stranger: psycopg.Connection[Any]) -> None:
+    running = base.database.insert(LONG, group="hung run")
+    row = base.database.wait(running, "WORK")
+    [begun] = base.master.wait_log(rf"run_begun id={running} ")
+    with frozen(int(begun.split("[")[1].split("]")[0])):
+        for _ in range(3):
+            stranger.execute(
+                "SELECT pg_notify(%s, n::text) FROM generate_series(100001, 120000) AS n", [channel(base)]
+            )
+            assert base.run("SELECT 1", group="hung")["state"] == "DONE"
+        base.database.execute("DELETE FROM task WHERE id = %s", [running])
+        assert base.run("SELECT 1", group="hung")["state"] == "DONE"
+    query = "SELECT FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
+    eventually(lambda: not base.database.admin_execute(query, [row["pid"]]))
+    base.master.wait_log(rf"run_ended id={running} ")
 
 
 def test_whoever_listens_hears_no_more_than_an_id(base: Served, stranger: psycopg.Connection[Any]) -> None:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 EVERY = [
     Run(id=2**63 - 1, attempt=3, taker=4711, term=7, lane=-(2**63), slot=2),
-    Cancel(id=5, back=True),
+    Cancel(ids=[5, 6], back=True),
     Cancel(),
     Room(),
     Opened(pid=4711, since="2030-01-02 03:04:05.000006+00"),
