@@ -193,9 +193,8 @@ class Pool:
     def assign(self, client: Client, taken: Taken) -> None:
         """Give a row to an idle worker that admits it, or to a new one, for which an idle one may have to end first."""
         for handle in self.of(client):
-            if handle.state is State.IDLE and handle.admits(taken):
-                if self._give(handle, taken):
-                    return
+            if handle.state is State.IDLE and handle.admits(taken) and self._give(handle, taken):
+                return
         full = self._unused() <= 0
         refused = self.retry_at(client) is not None  # no session to be had but that of a worker that ends
         replaces = (full or refused) and self._end_one_idle(of=client)

@@ -22,7 +22,7 @@ WITH instant AS MATERIALIZED (
     SELECT t.id, t.state::text AS state, t."group", coalesce(t.remote, '') AS remote, t.max, t.pid, t.attempt, t.start,
         date_part('epoch', t.timeout) AS timeout, left(t.input, 400) AS input
     FROM {task} AS t
-    WHERE t.state IN ('TAKE', 'WORK') OR t.state = 'STOP' AND t.stop IS NULL AND t.pid IS NOT NULL
+    WHERE {running}
     LIMIT $1::int
 ), due AS MATERIALIZED (
     SELECT t.id, t."group", coalesce(t.remote, '') AS remote, t.max, t.plan

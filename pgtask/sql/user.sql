@@ -77,7 +77,7 @@ t.state = 'PLAN' AND t.plan <= statement_timestamp()
 t.state = 'WAIT'
 
 -- name: kind_running — those that run, by the index of slots in use
-(t.state IN ('TAKE', 'WORK') OR t.state = 'STOP' AND t.stop IS NULL AND t.pid IS NOT NULL)
+{running}
 
 -- name: kind_unfinished — all that have not ended
 (t.state IN ('PLAN', 'WAIT', 'TAKE', 'WORK') OR t.state = 'STOP' AND t.stop IS NULL AND t.pid IS NOT NULL)

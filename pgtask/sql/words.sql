@@ -61,16 +61,19 @@ SET state = 'WORK', pid = pg_backend_pid(), stop = NULL, output = NULL, attempt 
 current_setting('transaction_isolation') = 'read committed'
         AND EXISTS (SELECT FROM {master} AS m WHERE m.term = $6)
 
+-- name: running — those that run, as the index of slots in use has them: also who was stopped and has not ended yet
+(t.state IN ('TAKE', 'WORK') OR t.state = 'STOP' AND t.stop IS NULL AND t.pid IS NOT NULL)
+
 -- name: floor — the least max that a row in our slot may have: the slot's number ($8), and how many others of the group
 -- ($7 its key) run. Of those that share a transaction one runs at a time: where they are counted apart, a row is left
 -- to the poller
-greatest($8::int, (SELECT count(*) FROM {task} AS t WHERE t.state IN ('TAKE', 'WORK') AND {lane} = $7::bigint))
+greatest($8::int, (SELECT count(*) FROM {task} AS t WHERE {running} AND {lane} = $7::bigint))
 
 -- name: shared_floor — the same, of runs that share a transaction only one
 greatest($8::int, (
-            SELECT count(DISTINCT t.pid) FILTER (WHERE t.batch > 1 AND t.state = 'WORK')
+            SELECT count(DISTINCT t.pid) FILTER (WHERE t.batch > 1 AND t.state <> 'TAKE')
                 + count(*) FILTER (WHERE t.batch <= 1 OR t.state = 'TAKE')
-            FROM {task} AS t WHERE t.state IN ('TAKE', 'WORK') AND {lane} = $7::bigint
+            FROM {task} AS t WHERE {running} AND {lane} = $7::bigint
         ))
 
 -- name: admitted — may this worker run the row? $2 group, $3 remote or '', $4 its runs so far, $5 its age in seconds

@@ -145,15 +145,15 @@ def test_flood_of_notifications_keeps_no_task_waiting(base: Served, stranger: ps
     base.database.execute("DELETE FROM task WHERE id = %s", [running])
 
 
-def test_stop_reaches_a_worker_that_hung_while_others_were_told(base: Served, stranger: psycopg.Connection[Any]) -> None:
+def test_stop_reaches_a_worker_that_hung_while_others_were_told(
+    base: Served, stranger: psycopg.Connection[Any]
+) -> None:
     running = base.database.insert(LONG, group="hung run")
     row = base.database.wait(running, "WORK")
     [begun] = base.master.wait_log(rf"run_begun id={running} ")
     with frozen(int(begun.split("[")[1].split("]")[0])):
         for _ in range(3):
-            stranger.execute(
-                "SELECT pg_notify(%s, n::text) FROM generate_series(100001, 120000) AS n", [channel(base)]
-            )
+            stranger.execute("SELECT pg_notify(%s, n::text) FROM generate_series(100001, 120000) AS n", [channel(base)])
             assert base.run("SELECT 1", group="hung")["state"] == "DONE"
         base.database.execute("DELETE FROM task WHERE id = %s", [running])
         assert base.run("SELECT 1", group="hung")["state"] == "DONE"

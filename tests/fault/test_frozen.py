@@ -9,6 +9,7 @@ from signal import SIGKILL, SIGTERM
 
 from tests.fixtures.database import Database
 from tests.fixtures.ledger import ENTRY, Ledger
+from tests.fixtures.locks import falls_asleep, held
 from tests.fixtures.master import Master
 from tests.fixtures.processes import frozen
 from tests.fixtures.wait import eventually
@@ -102,6 +103,30 @@ def test_workers_that_hang_for_a_while_cost_nothing(database: Database, ledger: 
     ledger.settled()
     assert database.execute("SELECT DISTINCT attempt FROM task") == [(1,)]
     assert one.logged("run_lost") == []
+
+
+def test_run_that_was_stopped_counts_to_its_end_although_the_master_hangs(database: Database, master: Start) -> None:
+    """Nobody cancels it meanwhile, and nobody tells the worker beside it."""
+    one = master(database.conninfo, tables=1)
+    wait = "SELECT pg_advisory_xact_lock_shared({})"
+    with held(database, 731), ExitStack() as gate:
+        gate.enter_context(held(database, 730))
+        first, second = (database.insert(wait.format(key), group="beside", max=1, delete=False) for key in (730, 731))
+        slow = database.wait(second, "WORK")
+        database.wait(first, "WORK")
+        third = database.insert("SELECT 3", group="beside", max=0, delete=False)
+        falls_asleep(database)
+        with frozen(one.pid):
+            database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [second])
+            gate.close()
+            assert database.wait(first)["state"] == "DONE"
+            eventually(lambda: any(one.title(pid).endswith(" idle") for pid in one.workers()))
+            assert database.task(third)["state"] == "PLAN"
+            query = "SELECT state FROM pg_stat_activity WHERE pid = %s"
+            assert database.admin_execute(query, [slow["pid"]]) == [("active",)]
+    last = database.wait(third)
+    assert (last["state"], last["attempt"]) == ("DONE", 1)
+    assert last["start"] >= database.task(second)["stop"]
 
 
 def test_idle_worker_that_hangs_when_it_is_given_a_run_begins_it_later(database: Database, master: Start) -> None:
