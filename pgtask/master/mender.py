@@ -200,19 +200,20 @@ class Mender:
         label = self.config.label
         async with term.session.transaction():
             rows = await term.session.rows(self._store.text("rescue"), self.config.crashes, *known)
-            for id, ran, failed, times, repeated, group, attempt in rows:
-                if not ran:
-                    log.info("run_put_back", table=label, id=id)
-                    continue
-                metrics.lost(label, failed=failed)
-                log.warning("run_lost", table=label, id=id, times=times, failed=failed)
-                if failed:
-                    name = readable(group, term.session.parameter("server_encoding"))
-                    self._telling.failed(id, f"run lost {times} times", group=name, attempt=attempt)
-                    self._client.on_finished([id])
+            for id, _, failed, _, repeated, _, _ in rows:
                 if failed and repeated:
                     await self._repeat(term, id)
             await term.session.do(self._store.text("rescue_stopped"))
+        for id, ran, failed, times, _, group, attempt in rows:  # now that it is committed
+            if not ran:
+                log.info("run_put_back", table=label, id=id)
+                continue
+            metrics.lost(label, failed=failed)
+            log.warning("run_lost", table=label, id=id, times=times, failed=failed)
+            if failed:
+                name = readable(group, term.session.parameter("server_encoding"))
+                self._telling.failed(id, f"run lost {times} times", group=name, attempt=attempt)
+                self._client.on_finished([id])
         self._client.on_finished([])  # what dead sessions have committed in the end, also
 
     async def _repeat(self, term: Term, id: int) -> None:

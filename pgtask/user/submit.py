@@ -107,12 +107,13 @@ def submit(
         if not wait:
             print_json({"id": id}) if as_json else click.echo(id)
             return OK
-        try:
-            ended, _ = ends.until_ended(session, table, [id])
-        except KeyboardInterrupt:
-            click.echo(f"task {id} goes on; to stop it: pgtask cancel {id}", err=True)
-            return INTERRUPTED
-        return ends.tell(session, table, ended, over=False, output=output, as_json=as_json)
+        with ends.Look(session, table) as look:
+            try:
+                ended, _ = ends.until_ended(look, [id])
+            except KeyboardInterrupt:
+                click.echo(f"task {id} goes on; to stop it: pgtask cancel {id}", err=True)
+                return INTERRUPTED
+            return ends.tell(look, ended, over=False, output=output, as_json=as_json)
 
 
 def insert(session: Connection[Any], table: TableConfig, values: Mapping[str, object], delay: str | None) -> int | None:

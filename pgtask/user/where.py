@@ -147,6 +147,11 @@ class _Lenient(TextLoader):
 _TEXTS = (0, "text", "varchar", "bpchar", "name", '"char"')  # 0: all types that psycopg does not know
 
 
+def program() -> str:
+    """What others see of a session of the command that runs: its own name and the next word."""
+    return " ".join(click.get_current_context().command_path.split()[:2])
+
+
 def open_session(table: config.TableConfig, name: str = "pgtask") -> Connection[Any]:
     """To the table's database, for statements that name what they mean. Raises psycopg.Error."""
     session = connect(
@@ -196,9 +201,8 @@ def asking(table: config.TableConfig, needs: str = "SELECT", *, of: str | None =
 
     `needs`: the rights that the command takes on the table, as GRANT has them; `of`: on the one with that suffix.
     """
-    name = " ".join(click.get_current_context().command_path.split()[:2])
     try:
-        session = open_session(table, name)
+        session = open_session(table, program())
     except Error as error:
         raise UserError(f"{table.label}: {one_line(error)}") from error
     with session:

@@ -1,11 +1,13 @@
 """A server that goes away and comes back, is full, or is read only, while a table is busy."""
 
+import subprocess
 from collections.abc import Callable
 
 import psycopg
 import pytest
 
 from pgtask import embedded
+from tests.fixtures.command import LONGEST, start
 from tests.fixtures.database import Database
 from tests.fixtures.ledger import ENTRY, Ledger
 from tests.fixtures.locks import passes
@@ -47,6 +49,30 @@ def test_server_that_is_down_for_a_while_is_asked_calmly_and_served_again(
     own_server.start_again()
     own_ledger.settled()
     said_once(one)
+
+
+def test_who_waits_for_a_task_hears_of_its_end_although_the_server_was_down(
+    own_server: embedded.Server, own_database: Database, master: Callable[..., Master]
+) -> None:
+    master(own_database.conninfo).may_log_errors = True
+    id = own_database.insert("SELECT 1", plan="infinity", delete=False)
+    words = ["wait", "-d", own_database.conninfo, str(id)]
+    waiting = start(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    bounded = start(*words, "--timeout", "10 s", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    look = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgtask wait' AND query ~ 'ORDINALITY'"
+    eventually(lambda: own_database.admin_execute(look) == [(2,)])
+    own_database.close()
+    own_server.stop("fast")
+    assert bounded.wait(LONGEST) == 2
+    own_server.start_again()
+    own_database.execute("UPDATE task SET plan = now() WHERE id = %s", [id])
+    out, err = waiting.communicate(timeout=LONGEST)
+    assert (waiting.returncode, out) == (0, f"{id} DONE\n".encode())
+    assert err.decode().count("trying again") == 1
+    out, err = bounded.communicate(timeout=LONGEST)
+    [told, given_up] = err.decode().splitlines()
+    assert (out, told.endswith("; trying again")) == (b"", True)
+    assert given_up.startswith(f"pgtask: {told.split(': ')[0]}")
 
 
 class Crowd:

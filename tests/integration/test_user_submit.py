@@ -154,6 +154,22 @@ def test_task_that_is_removed_in_silence_was_done(served: Database) -> None:
     served.wait(id, gone=True)
 
 
+def test_wait_goes_on_in_a_new_session_when_its_own_is_ended(served: Database) -> None:
+    with served.connect() as locks:
+        locks.execute("SELECT pg_advisory_lock(12, 3)")
+        id = served.insert("SELECT pg_advisory_lock_shared(12, 3)::text", group="ended", delete=False)
+        served.wait(id, "WORK")
+        waiting = start("wait", "-d", served.conninfo, str(id), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        eventually(lambda: looks(served, "pgtask wait"))
+        end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pgtask wait'"
+        assert served.admin_execute(f"{end} AND datname = %s", [served.name]) == [(True,)]
+        eventually(lambda: looks(served, "pgtask wait"))
+    out, err = waiting.communicate(timeout=LONGEST)
+    assert (waiting.returncode, out) == (0, f"{id} DONE\n".encode())
+    [line] = err.decode().splitlines()
+    assert line.endswith("; trying again")
+
+
 @pytest.mark.parametrize("timeout", ["soon", "-1 s"])
 def test_a_timeout_that_is_none_is_refused(served: Database, pgtask: Command, timeout: str) -> None:
     said = pgtask("wait", served.conninfo, 1, f"--timeout={timeout}")
