@@ -6,6 +6,7 @@ own business. The server is found by libpq's PG* variables. This runs in the pee
 
 import asyncio
 import json
+import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -56,6 +57,8 @@ async def _run(peer: Peer, mode: str, values: list[str]) -> None:
         print(json.dumps(await _trickle(peer, int(values[0]), float(values[1]))))
     else:
         await peer.work()
+    sys.stdout.flush()
+    os._exit(0)  # chancy's pool has been seen to wait for ever for its own end
 
 
 async def _trickle(peer: Peer, count: int, gap: float) -> dict[int, float]:

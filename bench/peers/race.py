@@ -29,6 +29,9 @@ HERE = Path(__file__).resolve().parent
 VENV = HERE / ".venv"
 MODULES = HERE / "node_modules"
 GAP = 0.1
+PATIENCE = 300.0
+"""Seconds for one of a peer's programs that should end by itself."""
+
 RATE = "SELECT count(*) / extract(epoch FROM max(at) - min(at))::float8 FROM result"
 
 
@@ -176,7 +179,11 @@ def _server(ground: Ground) -> dict[str, str]:
 
 def _program(ground: Ground, racer: Peer, *arguments: str) -> str:
     environment = {**os.environ, **_server(ground)}
-    done = subprocess.run([*racer.command, *arguments], env=environment, capture_output=True, text=True)
+    command = [*racer.command, *arguments]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise Broken(f"{racer.name} {arguments[0]} does not end") from None
     if done.returncode:
         raise Broken(f"{racer.name} {arguments[0]} failed:\n{done.stderr[-3000:]}")
     return done.stdout
