@@ -31,14 +31,14 @@ WITH run AS MATERIALIZED (
     INSERT INTO {task} (parent, plan, first, state, stop, error, {columns})
     SELECT r.id, m.plan, r.first, 'GONE', clock_timestamp(), 'ERROR:  run missed', {values}
     FROM run AS r
-    JOIN {task} AS t ON t.id = r.id
+    JOIN {task} AS t ON t.id = r.id AND t.id = $1::bigint
     CROSS JOIN unnest($5::timestamptz[]) AS m (plan)
     WHERE r.same
 )
 INSERT INTO {task} (parent, plan, first, {columns})
 SELECT c.id, c.plan, c.first, {values}
 FROM coming AS c
-JOIN {task} AS t ON t.id = c.id
+JOIN {task} AS t ON t.id = c.id AND t.id = $1::bigint
 WHERE c.plan <= coalesce(t.until, 'infinity');
 
 -- name: unbegun — a row that ended without a run. $1 id, $2 attempt

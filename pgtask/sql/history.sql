@@ -22,11 +22,13 @@ WITH instant AS MATERIALIZED (
     SELECT t.id
     FROM looked AS l
     -- When it is locked it must still be what was seen.
-    JOIN {task} AS t ON t.id = l.id AND {expired}
+    JOIN {task} AS t ON t.id = l.id AND t.id = ANY (ARRAY(SELECT e.id FROM looked AS e WHERE e.expired)) AND {expired}
     WHERE l.expired
     FOR UPDATE OF t SKIP LOCKED
 ), removed AS (
-    DELETE FROM {task} AS t USING old AS o WHERE t.id = o.id AND {expired} RETURNING t.id
+    DELETE FROM {task} AS t USING old AS o
+    WHERE t.id = o.id AND t.id = ANY (ARRAY(SELECT e.id FROM old AS e)) AND {expired}
+    RETURNING t.id
 )
 SELECT (SELECT count(*) FROM looked), (SELECT count(*) FROM removed), (SELECT max(l.id) FROM looked AS l),
     (SELECT min(l.id) FROM looked AS l WHERE NOT EXISTS (SELECT FROM removed AS r WHERE r.id = l.id));

@@ -23,7 +23,7 @@ FROM {held} AS h;
 INSERT INTO {report} AS p (id, attempt, percent, message, at)
 SELECT r.id, r.attempt, r.percent, r.message, clock_timestamp()
 FROM unnest($1::bigint[], $2::int[], $3::numeric[], $4::text[]) AS r (id, attempt, percent, message)
-JOIN {task} AS t ON t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK'
+JOIN {task} AS t ON t.id = r.id AND t.id = ANY ($1::bigint[]) AND t.attempt = r.attempt AND t.state::text = 'WORK'
 ON CONFLICT (id) DO UPDATE
 SET attempt = excluded.attempt, percent = excluded.percent, message = excluded.message, at = excluded.at;
 
@@ -170,7 +170,7 @@ WITH instant AS MATERIALIZED (
 ), one AS MATERIALIZED (
     SELECT t.id, d.lane
     FROM due AS d
-    JOIN {task} AS t ON t.id = d.id AND t.state::text = 'PLAN'
+    JOIN {task} AS t ON t.id = d.id AND t.id = ANY (ARRAY(SELECT e.id FROM due AS e)) AND t.state::text = 'PLAN'
     -- All of it of the row as it is when it is locked: it may have been changed since it was seen.
     WHERE t.plan <= (SELECT now FROM instant) AND {lane} = d.lane AND t.max = d.max
         AND (SELECT s.due FROM seen AS s) = 1 AND hashtextextended(t."group", 0) <> ALL ($4::bigint[])
@@ -182,7 +182,7 @@ WITH instant AS MATERIALIZED (
     UPDATE {task} AS t
     SET state = 'TAKE', pid = pg_backend_pid(), start = greatest(clock_timestamp(), $3::timestamptz, t.plan)
     FROM one AS o
-    WHERE t.id = o.id
+    WHERE t.id = o.id AND t.id = ANY (ARRAY(SELECT e.id FROM due AS e))
     RETURNING t.id, t.attempt, o.lane, t.max, t.count, date_part('epoch', t.live) AS live
 )
 SELECT s.due AS seen, 0::bigint AS waiting, i.now, NULL::bigint AS walked,
@@ -213,15 +213,15 @@ WITH looked AS MATERIALIZED (
     SELECT t.id
     FROM looked AS l
     -- When it is locked it must still be what was seen.
-    JOIN {task} AS t ON t.id = l.id AND t.state::text = 'PLAN' AND (t.plan, t.max, t.repeat, t.active) = (l.plan, l.max, l.repeat, l.active)
+    JOIN {task} AS t ON t.id = l.id AND t.id = ANY (ARRAY(SELECT e.id FROM looked AS e)) AND t.state::text = 'PLAN' AND (t.plan, t.max, t.repeat, t.active) = (l.plan, l.max, l.repeat, l.active)
     WHERE l.max >= 0 AND date_part('epoch', l.repeat) = 0 AND t.cron IS NULL
         AND date_part('epoch', statement_timestamp()) - date_part('epoch', l.plan) > date_part('epoch', l.active)
     FOR NO KEY UPDATE OF t SKIP LOCKED
 ), gone AS (
     UPDATE {task} AS t
     SET state = 'GONE', stop = clock_timestamp(), error = 'ERROR:  task not active'
-    FROM late
-    WHERE t.id = late.id
+    FROM late AS l
+    WHERE t.id = l.id AND t.id = ANY (ARRAY(SELECT e.id FROM late AS e))
     RETURNING t.id
 )
 SELECT (SELECT count(*) FROM gone), l.plan::text, l.id
@@ -333,6 +333,6 @@ SET state = CASE WHEN l.ran AND l.times > $1::int AND NOT l.moved THEN 'FAIL'::{
         ELSE l.story
     END
 FROM lost AS l
-WHERE t.id = l.id
+WHERE t.id = l.id AND t.id = ANY (ARRAY(SELECT e.id FROM lost AS e))
 RETURNING t.id, l.ran, t.state = 'FAIL' AS failed, l.times, date_part('epoch', t.repeat) > 0 OR t.cron IS NOT NULL AS repeated,
     convert_to(t."group", getdatabaseencoding()), t.attempt;

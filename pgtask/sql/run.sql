@@ -105,7 +105,7 @@ WITH done AS (
         output = r.output, error = r.error, code = r.code, notice = r.notice
     FROM unnest($3::bigint[], $4::int[], $5::text[], $6::timestamptz[], $7::timestamptz[], $8::text[], $9::text[],
         $10::text[], $11::text[]) AS r (id, attempt, state, start, stop, output, error, code, notice)
-    WHERE t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int AND t.plan <= t.start
+    WHERE t.id = r.id AND t.id = ANY ($3::bigint[]) AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int AND t.plan <= t.start
     RETURNING t.id
 )
 SELECT 1 / (count(*) = $2::int)::int FROM done;
@@ -115,7 +115,7 @@ SELECT 1 / (count(*) = $2::int)::int FROM done;
 WITH done AS (
     DELETE FROM {task} AS t
     USING unnest($3::bigint[], $4::int[]) AS r (id, attempt)
-    WHERE t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int
+    WHERE t.id = r.id AND t.id = ANY ($3::bigint[]) AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int
         AND t.plan <= t.start AND t.attempts IS NULL
     RETURNING t.id
 )
@@ -162,7 +162,7 @@ WITH run AS MATERIALIZED (
             THEN greatest(0, least((t.attempts -> -1 -> 'retry')::numeric, 2147483646))::int ELSE 0 END AS retries
     FROM unnest($3::bigint[], $4::int[], $5::text[], $6::timestamptz[], $7::timestamptz[], $8::text[], $9::text[],
         $10::text[], $11::text[], $12::timestamptz[]) AS r (id, attempt, state, start, stop, output, error, code, notice, plan)
-    JOIN {task} AS t ON t.id = r.id AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int
+    JOIN {task} AS t ON t.id = r.id AND t.id = ANY ($3::bigint[]) AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int
     FOR NO KEY UPDATE OF t
 ), judged AS MATERIALIZED (
     SELECT r.*, (r.state = 'FAIL' AND r.retries < r.retry AND NOT r.moved AND NOT r.last AND (
@@ -189,7 +189,7 @@ WITH run AS MATERIALIZED (
             ELSE t.attempts END,
         output = j.output, error = j.error, code = j.code, notice = j.notice
     FROM judged AS j
-    WHERE t.id = j.id
+    WHERE t.id = j.id AND t.id = ANY ($3::bigint[])
     RETURNING t.id, j.moved OR j.retried AS again,
         CASE WHEN isfinite(j.start) THEN date_part('epoch', j.stop - j.start) * 1000 END AS ms
 )
@@ -214,7 +214,7 @@ SET state = CASE t.state WHEN 'WORK' THEN 'PLAN' ELSE t.state END,
     stop = CASE t.state WHEN 'WORK' THEN NULL ELSE clock_timestamp() END,
     attempt = t.attempt - CASE t.state WHEN 'WORK' THEN 1 ELSE 0 END
 FROM unnest($2::bigint[], $3::int[]) AS r (id, attempt)
-WHERE t.id = r.id AND t.attempt = r.attempt AND t.pid = $1::int
+WHERE t.id = r.id AND t.id = ANY ($2::bigint[]) AND t.attempt = r.attempt AND t.pid = $1::int
     AND (t.state::text = 'WORK' OR t.state::text = 'STOP' AND t.stop IS NULL);
 
 -- name: stopped — say when a run that somebody stopped really ended, and how, after who stopped it. $1 id, $2 attempt,
@@ -277,5 +277,5 @@ WITH run AS MATERIALIZED (
 )
 SELECT c.id, c.plan, c.first, {values}
 FROM coming AS c
-JOIN {task} AS t ON t.id = c.id
+JOIN {task} AS t ON t.id = c.id AND t.id = $1
 WHERE c.plan IS NOT NULL AND (c.plan > t.until) IS NOT TRUE;

@@ -1,4 +1,8 @@
 -- What several statements on the task table have in common: {name} stands for it there, and in what comes after it here.
+--
+-- Where rows of the table are joined by their ids to what a statement has found, it says once more which ids these are, as an
+-- array. A plan that was made while the table was empty, as a queue is, and vacuumed, takes the table for the shortest of all
+-- lists and reads it to its end; with the array it cannot. Nothing makes that plan anew until the next ANALYZE.
 
 -- name: lane — the key of a row's group in the indexes: short whatever the group's name is. Always rechecked against
 -- the text
@@ -86,8 +90,7 @@ t."group" = $2 AND coalesce(t.remote, '') = $3 AND t.plan <= statement_timestamp
 -- name: next — how each look for the group's next task ends; cost in seconds
 UPDATE {task} AS t
 {begin}, start = greatest(clock_timestamp(), $1::timestamptz, t.plan)
-FROM first AS f
-WHERE t.id = f.id AND f.admitted
+WHERE t.id = (SELECT f.id FROM first AS f WHERE f.admitted)
 RETURNING {row}, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
 
 -- name: together — the same for rows that will share a transaction, of `due`, the first ones of the group: as many as each
@@ -101,7 +104,7 @@ RETURNING {row}, date_part('epoch', clock_timestamp() - statement_timestamp()) A
 UPDATE {task} AS t
 {begin}, start = greatest(clock_timestamp(), $1::timestamptz, t.plan)
 FROM numbered AS n
-WHERE t.id = n.id AND (n.number = 1 AND n.admitted OR n.shares AND n.number <= n.batch)
+WHERE t.id = n.id AND t.id = ANY (ARRAY(SELECT d.id FROM due AS d)) AND (n.number = 1 AND n.admitted OR n.shares AND n.number <= n.batch)
 RETURNING {row}, n.number, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
 
 -- name: picked — how each take ends, of the rows that it has `looked` at: the groups with a free slot that nobody holds, the
@@ -155,7 +158,7 @@ RETURNING {row}, n.number, date_part('epoch', clock_timestamp() - statement_time
         stop = CASE WHEN p.late THEN clock_timestamp() END,
         error = CASE WHEN p.late THEN 'ERROR:  task not active' ELSE t.error END
     FROM picked AS p
-    WHERE t.id = p.id
+    WHERE t.id = p.id AND t.id = ANY (ARRAY(SELECT q.id FROM picked AS q))
     RETURNING t.id, t.attempt, p.late, p.lane, t.max, t.count, date_part('epoch', t.live) AS live, t.plan
 )
 
