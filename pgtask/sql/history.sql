@@ -22,12 +22,13 @@ WITH instant AS MATERIALIZED (
     SELECT t.id
     FROM looked AS l
     -- When it is locked it must still be what was seen.
-    JOIN {task} AS t ON t.id = l.id AND t.id = ANY (ARRAY(SELECT e.id FROM looked AS e WHERE e.expired)) AND {expired}
+    JOIN {task} AS t ON t.id = l.id AND t.id >= (SELECT min(e.id) FROM looked AS e) AND t.id <= (SELECT max(e.id) FROM looked AS e)
+        AND {expired}
     WHERE l.expired
     FOR UPDATE OF t SKIP LOCKED
 ), removed AS (
     DELETE FROM {task} AS t USING old AS o
-    WHERE t.id = o.id AND t.id = ANY (ARRAY(SELECT e.id FROM old AS e)) AND {expired}
+    WHERE t.id = o.id AND t.id >= (SELECT min(e.id) FROM looked AS e) AND t.id <= (SELECT max(e.id) FROM looked AS e) AND {expired}
     RETURNING t.id
 )
 SELECT (SELECT count(*) FROM looked), (SELECT count(*) FROM removed), (SELECT max(l.id) FROM looked AS l),

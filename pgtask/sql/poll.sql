@@ -209,19 +209,24 @@ WITH looked AS MATERIALIZED (
     WHERE t.state = 'PLAN' AND t.plan <= statement_timestamp() AND (t.plan, t.id) > ($2::timestamptz, $3::bigint)
     ORDER BY t.plan, t.id
     LIMIT $1::int
+), passed AS MATERIALIZED (
+    SELECT l.id, l.plan, l.max, l.repeat, l.active
+    FROM looked AS l
+    WHERE l.max >= 0 AND date_part('epoch', l.repeat) = 0
+        AND date_part('epoch', statement_timestamp()) - date_part('epoch', l.plan) > date_part('epoch', l.active)
 ), late AS MATERIALIZED (
     SELECT t.id
-    FROM looked AS l
+    FROM passed AS o
     -- When it is locked it must still be what was seen.
-    JOIN {task} AS t ON t.id = l.id AND t.id = ANY (ARRAY(SELECT e.id FROM looked AS e)) AND t.state::text = 'PLAN' AND (t.plan, t.max, t.repeat, t.active) = (l.plan, l.max, l.repeat, l.active)
-    WHERE l.max >= 0 AND date_part('epoch', l.repeat) = 0 AND t.cron IS NULL
-        AND date_part('epoch', statement_timestamp()) - date_part('epoch', l.plan) > date_part('epoch', l.active)
+    JOIN {task} AS t ON t.id = o.id AND t.id >= (SELECT min(e.id) FROM passed AS e) AND t.id <= (SELECT max(e.id) FROM passed AS e)
+        AND t.state::text = 'PLAN' AND (t.plan, t.max, t.repeat, t.active) = (o.plan, o.max, o.repeat, o.active)
+    WHERE t.cron IS NULL
     FOR NO KEY UPDATE OF t SKIP LOCKED
 ), gone AS (
     UPDATE {task} AS t
     SET state = 'GONE', stop = clock_timestamp(), error = 'ERROR:  task not active'
     FROM late AS l
-    WHERE t.id = l.id AND t.id = ANY (ARRAY(SELECT e.id FROM late AS e))
+    WHERE t.id = l.id AND t.id >= (SELECT min(e.id) FROM late AS e) AND t.id <= (SELECT max(e.id) FROM late AS e)
     RETURNING t.id
 )
 SELECT (SELECT count(*) FROM gone), l.plan::text, l.id

@@ -30,7 +30,7 @@ WITH asked AS MATERIALIZED (
 ), found AS MATERIALIZED (
     SELECT a.id, a.plan, a.wrong
     FROM asked AS a
-    JOIN {task} AS t ON t.id = a.id AND t.id = ANY ($1::bigint[]) AND t.state::text = 'WAIT' AND t.pid IS NULL AND t.first IS NULL
+    JOIN {task} AS t ON t.id = a.id AND t.state::text = 'WAIT' AND t.pid IS NULL AND t.first IS NULL
         AND t.cron = a.cron AND coalesce(t.zone, current_setting('TimeZone')) = a.zone
     FOR NO KEY UPDATE OF t SKIP LOCKED
 ), written AS (
@@ -41,7 +41,7 @@ WITH asked AS MATERIALIZED (
         code = CASE WHEN f.wrong IS NOT NULL THEN '22023' END,
         error = CASE WHEN f.wrong IS NOT NULL THEN concat('ERROR:  ', f.wrong) END
     FROM found AS f
-    WHERE t.id = f.id AND t.id = ANY ($1::bigint[])
+    WHERE t.id = f.id
     RETURNING t.id, f.wrong
 )
 SELECT coalesce((SELECT array_agg(w.id) FROM written AS w WHERE w.wrong IS NOT NULL), '{}'),
@@ -60,7 +60,7 @@ WITH RECURSIVE asked AS MATERIALIZED (
                 WHERE d.state::text NOT IN ('DONE', 'FAIL', 'GONE', 'STOP')
                     OR d.state::text = 'STOP' AND d.stop IS NULL AND d.pid IS NOT NULL) AS pending
     FROM unnest($1::bigint[]) AS i (id)
-    JOIN {task} AS t ON t.id = i.id AND t.id = ANY ($1::bigint[]) AND t.state::text = 'WAIT' AND t.depend IS NOT NULL AND NOT (t.cron IS NOT NULL AND t.first IS NULL)
+    JOIN {task} AS t ON t.id = i.id AND t.state::text = 'WAIT' AND t.depend IS NOT NULL AND NOT (t.cron IS NOT NULL AND t.first IS NULL)
 ), lost (id, cause) AS (
     SELECT a.id, a.failed FROM asked AS a WHERE a.failed IS NOT NULL AND NOT a.anyway
     UNION
@@ -78,7 +78,7 @@ WITH RECURSIVE asked AS MATERIALIZED (
 ), found AS MATERIALIZED (
     SELECT w.id, w.cause, w.state, w.passed_on
     FROM wanted AS w
-    JOIN {task} AS t ON t.id = w.id AND t.id = ANY (ARRAY(SELECT e.id FROM wanted AS e)) AND t.state::text = 'WAIT'
+    JOIN {task} AS t ON t.id = w.id AND t.state::text = 'WAIT'
     FOR NO KEY UPDATE OF t SKIP LOCKED
 ), written AS (
     UPDATE {task} AS t
@@ -91,7 +91,7 @@ WITH RECURSIVE asked AS MATERIALIZED (
         code = CASE f.state WHEN 'GONE' THEN 'PT001' END
     FROM found AS f
     -- Whoever has a row locked may be taking it out of the chain: then nothing is passed on by any.
-    WHERE t.id = f.id AND t.id = ANY (ARRAY(SELECT e.id FROM found AS e)) AND NOT (f.passed_on AND (SELECT count(*) FROM found) < (SELECT count(*) FROM wanted))
+    WHERE t.id = f.id AND NOT (f.passed_on AND (SELECT count(*) FROM found) < (SELECT count(*) FROM wanted))
     RETURNING t.id, f.state
 )
 SELECT coalesce((SELECT array_agg(w.id) FROM written AS w WHERE w.state = 'GONE'), '{}'),

@@ -2,7 +2,7 @@
 --
 -- Where rows of the table are joined by their ids to what a statement has found, it says once more which ids these are, as an
 -- array. A plan that was made while the table was empty, as a queue is, and vacuumed, takes the table for the shortest of all
--- lists and reads it to its end; with the array it cannot. Nothing makes that plan anew until the next ANALYZE.
+-- lists and reads it to its end; with the array it cannot (or, where there are many, with the first and the last of them). Nothing makes that plan anew until the next ANALYZE.
 
 -- name: lane — the key of a row's group in the indexes: short whatever the group's name is. Always rechecked against
 -- the text
