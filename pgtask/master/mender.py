@@ -162,11 +162,16 @@ class Mender:
     async def _cancel_stopped(self, term: Term) -> None:
         """Cancel the runs of rows that are theirs no more; a notification proves nothing, the row does."""
         ids, self._stopped = self._stopped, set()  # what is told from now on may be newer than the answer
-        rows = await term.session.rows(self._store.text("owners"), list(ids))
-        runs = {id: {(pid, attempt) for pid, attempt in owners} for id, owners in rows}
-        if not self._pool.cancel(self._client, runs):
-            self._stopped |= ids
-            asyncio.get_running_loop().call_later(DEAF_GAP, self._client.wake)
+        told = False
+        try:
+            rows = await term.session.rows(self._store.text("owners"), list(ids))
+            told = self._pool.cancel(
+                self._client, {id: {(pid, attempt) for pid, attempt in owners} for id, owners in rows}
+            )
+        finally:
+            if not told:  # a row that was deleted tells nobody once more
+                self._stopped |= ids
+                asyncio.get_running_loop().call_later(DEAF_GAP, self._client.wake)
 
     async def _bury(self, term: Term) -> None:
         """End the sessions of dead workers, and rescue their rows when those are really gone."""

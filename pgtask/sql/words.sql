@@ -1,7 +1,7 @@
 -- What several statements on the task table have in common: {name} stands for it there, and in what comes after it here.
 --
--- Where rows of the table are joined by their ids to what a statement has found, it says once more which ids these are, as an
--- array. A plan that was made while the table was empty, as a queue is, and vacuumed, takes the table for the shortest of all
+-- Where a statement that runs all the time joins rows of the table by their ids to what it has found, it says once more which
+-- ids these are, as an array. A plan that was made while the table was empty, as a queue is, and vacuumed, takes the table for the shortest of all
 -- lists and reads it to its end; with the array it cannot (or, where there are many, with the first and the last of them). Nothing makes that plan anew until the next ANALYZE.
 
 -- name: lane — the key of a row's group in the indexes: short whatever the group's name is. Always rechecked against
