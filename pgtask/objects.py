@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from pgtask import settings
-from pgtask.store import Store, statements
+from pgtask.store import RECENT, Store, statements
 
 STATES = ("PLAN", "GONE", "TAKE", "WORK", "DONE", "FAIL", "STOP", "WAIT")
 LONGEST_NAME = 63
@@ -480,6 +480,7 @@ def _fill(text: str, names: Names, **words: str) -> str:
         "state": names.state,
         "task_regclass": literal(names.task),
         "master_regclass": literal(names.quoted(names.master)),
+        "recent": literal(RECENT),
         **{suffix: names.quoted(names.derived(suffix)) for suffix in suffixes},
         **words,
     }

@@ -19,14 +19,15 @@ class Pace:
 
     def __init__(self, *, cheap: float):
         self._cheap = cheap
-        self._until = 0.0
+        self.until = 0.0
+        """Before when it may not look everywhere (time.monotonic())."""
 
     @property
     def ready(self) -> bool:
         """May it look everywhere now?"""
-        return time.monotonic() >= self._until
+        return time.monotonic() >= self.until
 
-    def looked(self, cost: float) -> None:
-        """A look everywhere has cost so many seconds."""
-        pause = min(LONGEST, SHARE * cost) if cost >= self._cheap else 0.0
-        self._until = time.monotonic() + pause
+    def looked(self, cost: float, *, cheap: float | None = None) -> None:
+        """A look everywhere has cost so many seconds; this one was only cheap below that."""
+        pause = min(LONGEST, SHARE * cost) if cost >= (self._cheap if cheap is None else cheap) else 0.0
+        self.until = time.monotonic() + pause

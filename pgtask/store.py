@@ -20,6 +20,10 @@ from pgtask.output import Format
 NAME = 63
 """Bytes of an application_name that the server keeps."""
 
+RECENT = "1 second"
+"""What becomes due with a plan that is older may be overlooked for a while where full groups have a backlog, unless its
+trigger tells of it (backlog.py)."""
+
 
 @cache
 def statements(subject: str) -> Mapping[str, str]:
@@ -125,6 +129,7 @@ class Store:
             "schema_text": _literal(schema) + "::text",
             "table_text": _literal(table) + "::text",
             "report_text": _literal(_quoted(schema, beside["report"])),
+            "recent": _literal(RECENT),
             "room": str(NAME - len("pgtask    ") - len(schema) - len(table)),
         }
         for name, text in statements("words").items():

@@ -384,9 +384,10 @@ class Poller:
         return [moment for moment in moments if moment is not None]
 
     def _notified(self, payload: str) -> None:
-        """An insert while we slept (no payload), a running row that was stopped or deleted (its id), a group held.
+        """An insert while we slept (no payload), an `old` plan, a running row that was stopped or deleted (its id).
 
-        Or that rows wait, or that some have ended for which others may; or whatever else anybody says on our channel.
+        Or that a group was held, that rows wait, or that some have ended for which others may; or whatever else anybody
+        says on our channel.
         """
         metrics.notified(self.label)
         if ID.fullmatch(payload) and -(1 << 63) <= int(payload) < 1 << 63 and self._pool.of(self):
@@ -394,9 +395,10 @@ class Poller:
             self.wake()
         elif payload in ("wait", "ended"):
             (self._waiting.inserted if payload == "wait" else self._waiting.ended)()
+            self._taker.stir()  # a calendar may have begun before
             self.wake()
         elif payload == "hold":
             self._holds.heard()
             self.wake()
         else:
-            self._sleeper.tell()
+            self._sleeper.tell(old=payload == "old")

@@ -64,8 +64,11 @@ class Sleeper:
     def wake(self) -> None:
         self._wake.set()
 
-    def tell(self) -> None:
-        """A notification, of what we find by ourselves while we are awake."""
+    def tell(self, *, old: bool = False) -> None:
+        """A notification, of what we find by ourselves while we are awake, unless it is planned `old`."""
+        self._taker.stir()
+        if old:
+            self._taker.look_everywhere()
         if self._asleep:
             self._told = True
             self._wake.set()
@@ -87,7 +90,7 @@ class Sleeper:
         """Take; once asleep everywhere, and all of it for the same instant, after which the next moment is read."""
         used = time.process_time()
         self._used, self._cpu = used - self._cpu, used
-        if not self.config.wake or (self._instant is None and not self._taker.unpaced):
+        if not self.config.wake or (self._instant is None and not self._taker.sure):
             await self._rise()
         begins = not self._taker.walking
         batch = await self._taker.take(self._instant, full=self._asleep)
@@ -149,7 +152,7 @@ class Sleeper:
             await self._sleep_until_next(batch)
         elif self._empty < self.config.idle:
             await self.wait(pause)
-        elif not self._taker.unpaced or not await self._fall_asleep():
+        elif not self._taker.sure or not await self._fall_asleep():
             await self.wait(min(pause, LONGEST_GAP))
 
     async def _fall_asleep(self) -> bool:
@@ -157,11 +160,14 @@ class Sleeper:
         self._told = False
         self._taker.start_over()
         self._asleep, self._instant = await self._session.one(self._store.text("lock_asleep"), self._oid)
+        if self._asleep:
+            self._taker.stir()  # what came while we were awake said nothing
         return self._asleep
 
     async def _rise(self) -> None:
         """From now on inserts cost no notification."""
         if self._asleep:
+            self._taker.stir()
             self._asleep, self._instant = False, None
             await self._session.one(self._store.text("unlock_asleep"), self._oid)
 
@@ -190,5 +196,5 @@ class Sleeper:
         await self._rise()
         self.heed()  # by what has come since we looked: it is looked for when the pause is over
         await self.wait(self._at_most(LONGEST_DEAFNESS, 0.001 * 2 ** min(self._vain, 10)))
-        if self._taker.unpaced:
+        if self._taker.sure:
             await self._fall_asleep()

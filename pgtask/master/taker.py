@@ -8,11 +8,13 @@ something. Nothing here decides when to look.
 import math
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pgtask import log, metrics
 from pgtask.config import TableConfig
+from pgtask.master.backlog import Backlog, Place
 from pgtask.master.holds import Holds
 from pgtask.master.mender import Mender, Term, lowest_free
 from pgtask.master.pool import Client, Pool, Taken
@@ -28,8 +30,11 @@ RECENT = 4
 
 LAST_LANE = 2**63 - 1
 
-BEGINNING = ("-infinity", -(1 << 63))
-"""The place, plan and id, before every due row."""
+TAKEN = 15
+"""Columns of a take's answer that tell what was taken."""
+
+BEGINNING: Place = ("-infinity", -(1 << 63))
+"""The place before every due row."""
 
 CHEAP = 0.005
 """Seconds that a full look may cost without being paced."""
@@ -84,8 +89,12 @@ class Taker:
         self._holds = holds
         self._telling = telling
         self._pace = Pace(cheap=CHEAP)
+        self._backlog = Backlog()
+        self._named_pace = Pace(cheap=CHEAP)  # of looks at lanes by name
+        self._known_holds: list[int] = []  # the groups that were held when the last take looked
         self._walk_from: int | None = None  # the lane where the next take goes on; None: from the first
         self._filled = False  # did the last take find as many as there were workers for?
+        self._found_behind = False  # has the last look behind the backlog found anything?
         self._crowded = 0  # looks to come that are not for a single row
         self._left = False  # due rows since the walk from group to group began
         self._place = BEGINNING  # of the first due row that the last take saw
@@ -97,19 +106,35 @@ class Taker:
 
     def begin(self, term: Term) -> None:
         self._term = term
+        self.look_everywhere()
         self._pace = Pace(cheap=CHEAP)  # what happened meanwhile is seen at once
+
+    def look_everywhere(self) -> None:
+        """What is due anywhere is to be seen by a take soon."""
+        self._backlog.forget()
+        self._walk_from, self._left = None, False
+
+    def stir(self) -> None:
+        """Something has happened: there may be more that is due."""
+        self._backlog.stir()
 
     def rest(self, taken: Taken, *, ran: bool) -> None:
         """A run with a negative `max` has ended: its group's next such one waits that many milliseconds."""
         if taken.max < 0 and ran:
             self._resting[taken.lane] = time.monotonic() - taken.max / 1000
         elif taken.max < 0:
-            self._resting.pop(taken.lane, None)
+            self._resting[taken.lane] = 0.0
+
+    def _end_rests(self) -> None:
+        now = time.monotonic()
+        for lane in [lane for lane, until in self._resting.items() if until <= now]:
+            del self._resting[lane]
+            self._backlog.free(lane)
 
     @property
-    def unpaced(self) -> bool:
-        """May a take look everywhere now?"""
-        return self._pace.ready
+    def sure(self) -> bool:
+        """Will the next take see all that is due, be it that it looks everywhere?"""
+        return self._pace.ready or self._backlog.place is not None
 
     @property
     def gap(self) -> float:
@@ -122,16 +147,23 @@ class Taker:
     @property
     def walking(self) -> bool:
         """Will the next take go on where the last one has left the walk from group to group?"""
-        return self._walk_from is not None
+        return self._walk_from is not None and self._backlog.place is None
 
     def start_over(self) -> None:
         """The next walk begins with the first group."""
-        self._walk_from, self._left = None, False
+        if self._backlog.place is None:
+            self._walk_from, self._left = None, False
 
     def moments(self) -> list[float]:
         """When there is something to do without a word from anybody (time.monotonic())."""
-        resting = list(self._resting.values())
-        return resting if self._expired is None else [*resting, self._expire_at]
+        moments = list(self._resting.values())
+        if self._expired is not None:
+            moments.append(self._expire_at)
+        if self._backlog.place is not None and self._backlog.due(self.config.safety.total_seconds()):
+            moments.append(self._pace.until)
+        if self._backlog.lanes:
+            moments.append(self._named_pace.until)
+        return moments
 
     async def take(self, now: Any = None, *, full: bool = False) -> Batch:
         """Take what may start (at that instant, as the server wrote it) and hand it to the pool.
@@ -139,22 +171,20 @@ class Taker:
         A `full` look sees every group. Others may be quick; or a glance at the earliest due rows, while each finds as
         many as there are workers for: other groups have not waited as long.
         """
-        self._resting = {lane: until for lane, until in self._resting.items() if until > time.monotonic()}
+        self._end_rests()
         held = await self._mender.held(self._term)
+        if self._holds.keys != self._known_holds:
+            self._known_holds = self._holds.keys
+            self.look_everywhere()
+            self._pace = Pace(cheap=CHEAP)
+        self._backlog.count(held)
         capacity = min(self._pool.capacity(self._client), self.config.limit)
-        glance = self._filled and capacity > 0 and self._pace.ready and not (full or self.walking)
-        started = time.monotonic()
-        rows = await self._look(capacity, held, now, quick=not (full or self._pace.ready), glance=glance)
-        cost = time.monotonic() - started
-        self._costs.append(cost)
-        self.looked_at = time.time()
-        metrics.looked(self.config.label, cost)
-        if cost > self._telling.slow_take:
-            self._telling.take(cost, tasks=sum(row[8] is not None for row in rows))
-        batch = self._batch(rows, held, started, glance=glance)
+        behind, batch = self._backlog.place, None
+        if behind is not None and not (self._found_behind and self._may_walk()):
+            batch = await self._take_behind(behind, capacity, held, now)
+        if batch is None:
+            batch = await self._take_anywhere(capacity, held, now, full=full)
         self._filled = 0 < capacity <= len(batch.rows)
-        if glance and not self._filled:
-            batch = replace(batch, more=True)
         if self.closed:  # meanwhile
             self._mender.not_begun(*batch.rows)
             return batch
@@ -165,50 +195,138 @@ class Taker:
             self._pool.want(self._client, room=batch.waiting)
         return batch
 
+    def _may_walk(self) -> bool:
+        """Is it time to walk on through the full groups, behind whose backlog the takes look?"""
+        return self._pace.ready and self._backlog.due(self.config.safety.total_seconds())
+
+    async def _take_behind(self, place: Place, capacity: int, held: dict[int, set[int]], now: Any) -> Batch | None:
+        """What may start behind the backlog of full groups; None if there is nothing, and it is time to walk on."""
+        started = time.monotonic()
+        lanes = self._backlog.lanes if self._named_pace.ready else []
+        rows = await self._look_behind(place, lanes, capacity, held, now)
+        self._looked(started, rows)
+        batch = self._batch(rows, held, started)
+        if lanes:
+            self._named_pace.looked(rows[0][4])
+        self._backlog.looked(held, {one.lane for one in batch.rows}, lanes, left=batch.left)
+        self._found_behind = bool(batch.rows or batch.late or batch.left)
+        if rows[0][TAKEN : TAKEN + 1] == (True,):  # so many are new that they hide others
+            self.look_everywhere()
+            batch = replace(batch, more=True)
+        again = self._backlog.place is None or self._may_walk()
+        return None if again and not self._found_behind else batch
+
+    async def _take_anywhere(self, capacity: int, held: dict[int, set[int]], now: Any, *, full: bool) -> Batch:
+        started = time.monotonic()
+        behind = self._backlog.place is not None
+        glance = self._filled and capacity > 0 and self._pace.ready and not (full or behind or self.walking)
+        everywhere = not glance and (full or behind or self._pace.ready)
+        first = self._walk_from is None
+        if everywhere and first:
+            self._backlog.set_out()
+        lanes = self._backlog.lanes
+        rows = await self._look(capacity, held, now, quick=not (everywhere or glance), glance=glance)
+        self._looked(started, rows)
+        batch = self._batch(rows, held, started)
+        walked, cost, *place = rows[0][3:7]
+        self._place = (place[0], place[1])
+        if everywhere:
+            self._looked_at = batch.now
+            self._walk_from = None if walked in (None, LAST_LANE) else walked + 1
+        left = self._left or batch.left
+        self._left = left and self._walk_from is not None
+        taken = {one.lane for one in batch.rows}
+        if everywhere:
+            self._conclude(rows[0][TAKEN:], taken, left=left, first=first)
+        self._backlog.looked(held, taken, lanes, left=batch.left)
+        self._found_behind = False
+        if (known := self._backlog.place is not None) is not behind:
+            self._crowded = 0
+        if everywhere or glance:
+            self._pace.looked(cost, cheap=0.0 if known else CHEAP)
+        more = self.walking or (glance and len(batch.rows) < capacity)
+        return replace(batch, left=left, more=more)
+
+    def _conclude(self, seen: tuple[Any, ...], taken: Collection[int], *, left: bool, first: bool) -> None:
+        """What a piece of a walk, maybe the `first`, says of the backlog of full groups."""
+        if left or not seen or not self.config.wake:
+            self._backlog.forget()
+            return
+        hidden, *recent = seen
+        place = None if recent[0] is None else (recent[0], recent[1])
+        self._backlog.walked(place, first=first, last=self._walk_from is None, hidden=hidden)
+        for lane in taken:  # there may be more of it
+            self._backlog.free(lane)
+
+    def _looked(self, started: float, rows: list[tuple[Any, ...]]) -> None:
+        cost = time.monotonic() - started
+        self._costs.append(cost)
+        self.looked_at = time.time()
+        metrics.looked(self.config.label, cost)
+        if cost > self._telling.slow_take:
+            self._telling.take(cost, tasks=sum(row[8] is not None for row in rows))
+
+    async def _look_behind(
+        self, place: Place, lanes: list[int], capacity: int, held: dict[int, set[int]], now: Any
+    ) -> list[tuple[Any, ...]]:
+        slots = _slots(held)
+        if capacity and not lanes and (rows := await self._look_for_one(slots, now, place)):
+            return rows
+        who = (capacity, list(self._resting), LOOK, now, slots, self._term.since, self._holds.keys)
+        where = (None, *place, self._looked_at, lanes)
+        return await self._term.session.rows(self._store.text("take"), *who, *where)
+
     async def _look(
         self, capacity: int, held: dict[int, set[int]], now: Any, *, quick: bool, glance: bool
     ) -> list[tuple[Any, ...]]:
-        lanes = [lane for lane, numbers in held.items() for _ in numbers]
-        keys = self._holds.keys
-        if capacity and not (quick or glance or self._resting or self.walking):
-            if not self._crowded:
-                one = self._store.text("take_one")
-                rows = await self._term.session.rows(one, now, lanes, self._term.since, keys)
-                if rows[0][0] == 0 or rows[0][8] is not None:
-                    return rows
-                self._crowded = CROWDED
-            self._crowded -= 1
+        slots = _slots(held)
+        aside = quick or glance or self._walk_from is not None or self._backlog.place is not None
+        if capacity and not aside and (rows := await self._look_for_one(slots, now, BEGINNING)):
+            return rows
         most = min(LOOK, 10 + 10 * capacity) if glance else LOOK
-        who = (capacity, list(self._resting), most, now, lanes, self._term.since, keys)
+        who = (capacity, list(self._resting), most, now, slots, self._term.since, self._holds.keys)
         if glance:
             return await self._term.session.rows(self._store.text("glance"), *who)
         place = (*self._place, self._looked_at) if quick else (*BEGINNING, None)
-        return await self._term.session.rows(self._store.text("take"), *who, self._walk_from, *place)
+        where = (self._walk_from, *place, self._backlog.lanes)
+        return await self._term.session.rows(self._store.text("take"), *who, *where)
 
-    def _batch(self, rows: list[tuple[Any, ...]], held: dict[int, set[int]], started: float, *, glance: bool) -> Batch:
+    async def _look_for_one(self, slots: list[int], now: Any, place: Place) -> list[tuple[Any, ...]]:
+        """For a single due row from the place on; no answer where there are more, or it may not start."""
+        if self._resting:
+            return []
+        if not self._crowded:
+            one = self._store.text("take_one")
+            rows = await self._term.session.rows(one, now, slots, self._term.since, self._holds.keys, *place)
+            if rows[0][0] == 0 or rows[0][8] is not None:
+                return rows
+            self._crowded = CROWDED
+        self._crowded -= 1
+        return []
+
+    def _batch(self, rows: list[tuple[Any, ...]], held: dict[int, set[int]], started: float) -> Batch:
         """What was taken, each row with the lowest free number of its lane: not above `max`, as `take` has counted."""
         taken: list[Taken] = []
         who = {"taker": self._term.session.pid, "term": self._term.number}
-        for *_, id, attempt, late, lane, max, count, live in rows:
+        for id, attempt, late, lane, max, count, live in (row[8:TAKEN] for row in rows):
             if id is None or late:
                 continue
             slot = lowest_free(held[lane])
             held[lane].add(slot)
             taken.append(Taken(id=id, attempt=attempt, lane=lane, slot=slot, max=max, count=count, live=live, **who))
         late = sum(bool(row[10]) for row in rows)
-        seen, groups, now, walked, cost, *place, next = rows[0][:8]
-        waiting = groups > len({one.lane for one in taken if one.slot == 0})
-        if cost is not None:
-            self._pace.looked(cost)
-        if cost is not None and not glance:
-            self._looked_at = now
-            self._walk_from = None if walked in (None, LAST_LANE) else walked + 1
-        self._place = (place[0], place[1])
-        more, left = self.walking, self._left or seen > len(taken) + late
-        self._left = left and more
+        seen, groups, now, _, cost, _, _, next = rows[0][:8]
         # The server has counted from the end of the look, not from when we hear of it.
         moment = math.inf if next is None else started + cost + next
-        return Batch(rows=taken, late=late, left=left, waiting=waiting, more=more, now=now, next=moment)
+        return Batch(
+            rows=taken,
+            late=late,
+            left=seen > len(taken),  # one that came too late was in the place of another
+            waiting=groups > len({one.lane for one in taken if one.slot == 0}),
+            more=False,
+            now=now,
+            next=moment,
+        )
 
     def _hand_out(self, batch: Batch) -> None:
         for taken in batch.rows:
@@ -236,3 +354,8 @@ class Taker:
             metrics.gone(self.config.label, count)
             log.info("tasks_gone", table=self.config.label, count=count)
             self._client.on_finished([])
+
+
+def _slots(held: dict[int, set[int]]) -> list[int]:
+    """The lane of each slot in use."""
+    return [lane for lane, numbers in held.items() for _ in numbers]

@@ -49,17 +49,18 @@ SELECT pg_advisory_unlock($1::oid::int, -1);
 -- when these are as many as may be looked at, a backlog of full groups may hide others, which then are found at the other
 -- end, where new rows come in, and by walking from group to group. So the cost is bounded whatever lies in the table, but
 -- for dead entries of its indexes: a quick look starts from a place in the order of due rows, sees no more than the due
--- rows after it and the new ones, and walks nowhere.
--- Answers with at least one row: how many due rows of groups with a free slot were seen, how many groups with due rows had
--- no slot in use, the instant, where to walk on (null: every group was seen), what a full look cost (seconds),
--- the place for the next quick look: a second ago at the latest, for inserts that are still in flight; and after a full
--- look the seconds until the next moment that is planned after the instant (null: none).
+-- rows after it, the new ones and the first ones of some groups, and walks nowhere.
+-- Answers with at least one row: for how many of the due rows that were seen their groups had free slots, how many groups with
+-- due rows had no slot in use, the instant, where to walk on (null: every group was seen), what the look cost (seconds),
+-- the place for the next quick look: a second ago at the latest, for inserts that are still in flight; the seconds until
+-- the next moment that is planned after the instant (null: none); after the row that was taken, whether more rows are due
+-- than were looked at from the place on; and a place a while ago from which on only some are due (null: too many are).
 -- $1 rows at most, $2 lanes that rest after a negative max, $3 due rows, and groups, looked at, $4 the instant to take for now,
 -- unless the clock was set back since, or null,
 -- $5 the lanes of the slots in use, one for each: rows in TAKE and WORK are not counted, and so dead entries of the slot
 -- index not read, $6 when this backend started: the owner of a row is known by having started before it, also after the clock was set
 -- back, $7 the keys of the groups that are held, $8 the lane to walk on from, or null, $9 $10 the plan and id of the place to
--- start from, $11 the instant of the last full look, for a quick one, or null
+-- start from, $11 the instant of the last full look, for a quick one, or null, $12 lanes to look at whatever else there is
 WITH RECURSIVE instant AS MATERIALIZED (
     SELECT least($4::timestamptz, clock_timestamp()) AS now
 ), held AS MATERIALIZED (
@@ -91,9 +92,11 @@ WITH RECURSIVE instant AS MATERIALIZED (
     WHERE w.lane IS NOT NULL
 ), walked AS MATERIALIZED (
     SELECT w.lane FROM walk AS w LIMIT $3::int
+), named AS MATERIALIZED (
+    SELECT unnest($12::bigint[]) AS lane
 ), first AS MATERIALIZED (
     SELECT g.lane, f."group", f.remote, f.max, f.plan, f.id
-    FROM walked AS g
+    FROM (TABLE walked UNION TABLE named) AS g
     CROSS JOIN LATERAL (
         {levels}
         SELECT d."group", d.remote, d.max, d.plan, d.id
@@ -108,21 +111,25 @@ WITH RECURSIVE instant AS MATERIALIZED (
         LIMIT 1
     ) AS f
 ), looked AS (
-    TABLE head UNION ALL TABLE tail UNION ALL TABLE first
+    TABLE head UNION TABLE tail UNION TABLE first
 {picked}
 {answer}
     (SELECT max(lane) FROM walked HAVING count(lane) >= $3::int) AS walked,
-    CASE WHEN $11::timestamptz IS NULL THEN date_part('epoch', clock_timestamp() - statement_timestamp()) END AS cost,
+    date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost,
     {place},
-    CASE WHEN $11::timestamptz IS NULL THEN (
+    (
         SELECT date_part('epoch', t.plan) - date_part('epoch', clock_timestamp())
         FROM {task} AS t
         WHERE t.state = 'PLAN' AND t.plan > (SELECT now FROM instant)
         ORDER BY t.plan
         LIMIT 1
-    ) END AS next,
-    t.id, t.attempt, t.late, t.lane, t.max, t.count, t.live
+    ) AS next,
+    t.id, t.attempt, t.late, t.lane, t.max, t.count, t.live,
+    (SELECT h.rows FROM hidden AS h) AS hidden, greatest(n.plan, i.now - interval '1 minute')::text AS recent,
+    CASE WHEN n.plan > i.now - interval '1 minute' THEN n.id ELSE -9223372036854775808 END AS recent_id
 FROM instant AS i
+LEFT JOIN (SELECT l.plan, l.id FROM tail AS l ORDER BY l.plan DESC, l.id DESC OFFSET 100 LIMIT 1) AS n
+    ON n.plan < i.now - {recent}::interval
 LEFT JOIN taken AS t ON true
 ORDER BY t.plan, t.id;
 
@@ -142,6 +149,8 @@ WITH RECURSIVE instant AS MATERIALIZED (
     SELECT h.plan, h.id FROM head AS h LIMIT 1
 ), hidden AS MATERIALIZED (
     SELECT true AS walk
+), named AS MATERIALIZED (
+    SELECT NULL::bigint AS lane
 ), looked AS (
     TABLE head
 {picked}
@@ -156,13 +165,13 @@ ORDER BY t.plan, t.id;
 -- name: take_one — the same where not more than one row is due, and it may start: what the other statement has for more
 -- costs it more than the taking does. It answers likewise; where more rows are due than it has taken, that one must look.
 -- $1 the instant or null, $2 the lanes of the slots in use, $3 when this backend started, $4 the keys of the
--- groups that are held
+-- groups that are held, $5 $6 the plan and id of the place to start from
 WITH instant AS MATERIALIZED (
     SELECT least($1::timestamptz, clock_timestamp()) AS now
 ), due AS MATERIALIZED (
     SELECT t.id, {lane} AS lane, t.max
     FROM {task} AS t
-    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant)
+    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND (t.plan, t.id) >= ($5::timestamptz, $6::bigint)
     ORDER BY t.plan, t.id
     LIMIT 2
 ), seen AS MATERIALIZED (

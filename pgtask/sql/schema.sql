@@ -16,8 +16,8 @@ END
 $pgtask$;
 
 -- name: change_function — of what was written to a row: refuse a forged run, which would hold a slot of its group, and
--- nonsense in retry_on; wake the master for a row set back to PLAN, or moved, unless that is off; tell the worker whose row
--- was stopped, and note in it who did that (who may not write so much stops it all the same); tell the channel of one that
+-- nonsense in retry_on; wake the master for a row set back to PLAN, or moved, unless that is off, and say so if its plan is
+-- older than it may look for (backlog.py); tell the worker whose row was stopped, and note in it who did that (who may not write so much stops it all the same); tell the channel of one that
 -- has ended. Without a WHEN: its text would be read anew for every statement. $1 the master's table, $2 'wake'
 CREATE OR REPLACE FUNCTION {change}() RETURNS trigger LANGUAGE plpgsql AS $pgtask$
 DECLARE
@@ -74,9 +74,12 @@ BEGIN
     ELSIF NEW.state OPERATOR(pg_catalog.=) 'PLAN' AND TG_ARGV[1] OPERATOR(pg_catalog.=) 'wake'
         AND pg_catalog.record_ne(
             ROW(NEW.state, NEW.plan, NEW."group", NEW.max, NEW.remote), ROW(OLD.state, OLD.plan, OLD."group", OLD.max, OLD.remote))
-        AND NOT pg_catalog.pg_try_advisory_xact_lock_shared(target::int, -1)
     THEN
-        PERFORM pg_catalog.pg_notify(pg_catalog.concat('pgtask_', target), '');
+        IF NEW.plan OPERATOR(pg_catalog.<) (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) {recent}::pg_catalog.interval) THEN
+            PERFORM pg_catalog.pg_notify(pg_catalog.concat('pgtask_', target), 'old');
+        ELSIF NOT pg_catalog.pg_try_advisory_xact_lock_shared(target::int, -1) THEN
+            PERFORM pg_catalog.pg_notify(pg_catalog.concat('pgtask_', target), '');
+        END IF;
     END IF;
     IF NEW.notify IS NOT NULL AND NEW.state OPERATOR(pg_catalog.<>) OLD.state
         AND NEW.state::pg_catalog.text OPERATOR(pg_catalog.=) ANY ('{DONE,FAIL,GONE,STOP}'::pg_catalog.text[])

@@ -108,16 +108,17 @@ WHERE t.id = n.id AND t.id = ANY (ARRAY(SELECT d.id FROM due AS d)) AND (n.numbe
 RETURNING {row}, n.number, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
 
 -- name: picked — how each take ends, of the rows that it has `looked` at: the groups with a free slot that nobody holds, the
--- longest-waiting first; the first due rows of each, which need not be those, where `hidden` has others; and these taken
+-- longest-waiting first; the first due rows of each, which need not be those, where `hidden` has others, from the place on,
+-- unless the lane is one of those `named`; and these taken
 ), groups AS MATERIALIZED (
-    SELECT d.lane, d."group", d.remote, coalesce(s.used, 0) AS used,
+    SELECT d.lane, d."group", d.remote, EXISTS (SELECT FROM named AS n WHERE n.lane = d.lane) AS named, coalesce(s.used, 0) AS used,
         greatest(max(d.max), 0)::bigint - coalesce(s.used, 0) + 1 AS free, count(*) AS seen,
         array_agg(DISTINCT d.max ORDER BY d.max DESC) AS levels
     FROM looked AS d
     LEFT JOIN held AS s ON s.lane = d.lane
     WHERE greatest(d.max, 0) >= coalesce(s.used, 0) AND NOT (d.max < 0 AND d.lane = ANY ($2::bigint[]))
         AND hashtextextended(d."group", 0) <> ALL ($7::bigint[])
-    GROUP BY 1, 2, 3, 4
+    GROUP BY 1, 2, 3, 4, 5
     ORDER BY min(d.plan)
 ), picked AS MATERIALIZED (
     SELECT p.id, p.late, g.lane
@@ -139,7 +140,10 @@ RETURNING {row}, n.number, date_part('epoch', clock_timestamp() - statement_time
                 WHERE t.state = 'PLAN' AND {lane} = g.lane AND t.max = l.max
                     AND t."group" = g."group" AND coalesce(t.remote, '') = g.remote
                     AND t.plan <= (SELECT now FROM instant)
-                    AND (t.plan, t.id) >= ((SELECT s.plan FROM place AS s), (SELECT s.id FROM place AS s))
+                    AND (t.plan, t.id) >= (
+                        CASE WHEN g.named THEN '-infinity' ELSE (SELECT s.plan FROM place AS s) END,
+                        CASE WHEN g.named THEN -9223372036854775808 ELSE (SELECT s.id FROM place AS s) END
+                    )
                     AND NOT (t.max < 0 AND g.lane = ANY ($2::bigint[]))
                 ORDER BY t.plan, t.id
                 LIMIT least(g.free, $1::int)
@@ -162,8 +166,9 @@ RETURNING {row}, n.number, date_part('epoch', clock_timestamp() - statement_time
     RETURNING t.id, t.attempt, p.late, p.lane, t.max, t.count, date_part('epoch', t.live) AS live, t.plan
 )
 
--- name: answer — what a take answers with first: the due rows seen, the groups of which nothing ran, and the instant
-SELECT coalesce((SELECT sum(seen) FROM groups), 0)::bigint AS seen,
+-- name: answer — what a take answers with first: the due rows seen that free slots are for, the groups of which nothing ran,
+-- and the instant
+SELECT coalesce((SELECT sum(least(seen, free)) FROM groups), 0)::bigint AS seen,
     (SELECT count(*) FROM groups WHERE used = 0) AS waiting, i.now,
 
 -- name: place — and where the next quick look starts

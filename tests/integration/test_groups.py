@@ -355,7 +355,7 @@ def test_row_that_changes_while_it_is_seen_is_not_taken_as_it_was(database: Data
     answer: list[Any] = []
     with database.connect() as holder, database.connect() as taker:
         holder.execute("SELECT pg_advisory_lock(42)")
-        parameters = [None, [], "2000-01-01", []]
+        parameters = [None, [], "2000-01-01", [], "-infinity", -(2**63)]
         thread = Thread(target=lambda: answer.extend(RawCursor(taker).execute(paused.encode(), parameters).fetchall()))
         thread.start()
         eventually(lambda: waiting(database))

@@ -302,8 +302,8 @@ def test_insert_in_flight_does_not_make_the_master_spin(talkative: Database, mas
     lock = "SELECT pg_try_advisory_xact_lock_shared('task'::regclass::oid::int, -1)"
 
     def finds_it_awake() -> bool:
-        """By two tasks: one alone may be handed out without letting go of the lock."""
-        talkative.execute("INSERT INTO task (input) SELECT 'SELECT 1' FROM generate_series(1, 2)")
+        """By two tasks, of different `max`: one alone may be handed out without letting go of the lock."""
+        talkative.execute("INSERT INTO task (input, max) SELECT 'SELECT 1', n FROM generate_series(0, 1) AS n")
         since = time.monotonic()
         while time.monotonic() - since < 0.5:
             if session.execute(lock).fetchone() == (True,):

@@ -58,9 +58,12 @@ def stopper(talkative: Database, new_proxy: Callable[..., Proxy], master: Callab
 
 
 def insert(database: Database, task: str, count: int) -> None:
-    """So many at once, in one group."""
-    query = "INSERT INTO task (input, \"group\", delete) SELECT %s, 'wakes it', false FROM generate_series(1, %s)"
-    database.execute(query, [task, count])
+    """So many at once, in one group; of different `max`, so that the master looks once more whether there is a slot."""
+    database.execute(
+        """INSERT INTO task (input, "group", max, delete)
+        SELECT %s, 'wakes it', n - 1, false FROM generate_series(1, %s) AS n""",
+        [task, count],
+    )
 
 
 def wake_and_stop(stopper: Stopper, tasks: int, statement: str) -> None:

@@ -38,7 +38,7 @@ LAYERS = (
     {"worker.session", "output"},
     {"telling"},
     {"config", "resolve", "user.spoken"},
-    {"coming", "metrics", "master.notify", "master.pidfile", "process", "settings", "master.timers"},
+    {"coming", "metrics", "master.notify", "master.pidfile", "process", "settings", "master.backlog", "master.timers"},
     {"cron", "durations", "log"},
     {"sinks"},
     {"lines"},
