@@ -18,8 +18,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, ClassVar
 
 import setproctitle
@@ -55,6 +56,29 @@ class Run:
     lane: int
     slot: int
     kind: ClassVar[str] = "run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """Master to worker: begin the one row that is due from a place (plan, id) on, in whatever group it is.
+
+    `used`: each lane with slots in use, and their numbers; `held`: the keys of groups that are held.
+    """
+
+    term: int
+    used: list[tuple[int, list[int]]]
+    held: list[int]
+    now: str | None
+    place: tuple[str, int]
+    kind: ClassVar[str] = "look"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Worker to master: the answer to Look, as the statement `take_one` has it; None if there is none."""
+
+    row: list[Any] | None
+    kind: ClassVar[str] = "found"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +156,15 @@ class Progress:
     kind: ClassVar[str] = "progress"
 
 
-Message = Run | Cancel | Room | Report | Finished | Opened | Idle | Lost | Progress
+Message = Run | Look | Found | Cancel | Room | Report | Finished | Opened | Idle | Lost | Progress
 KINDS: dict[str, type[Message]] = {
-    cls.kind: cls for cls in (Run, Cancel, Room, Report, Finished, Opened, Idle, Lost, Progress)
+    cls.kind: cls for cls in (Run, Look, Found, Cancel, Room, Report, Finished, Opened, Idle, Lost, Progress)
 }
+
+
+def lowest_free(numbers: Container[int]) -> int:
+    """The lowest number of a slot that is not in use. Not greater than how many there are."""
+    return next(number for number in count() if number not in numbers)
 
 
 class Channel:

@@ -9,9 +9,8 @@ waited for, and hear of a stop from us. A worker and a server that wait for each
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import psycopg
@@ -24,6 +23,7 @@ from pgtask.cron import Wrong
 from pgtask.errors import PgtaskError
 from pgtask.master.outage import line
 from pgtask.master.pool import Client, Fate, Pool, Taken
+from pgtask.process import lowest_free
 from pgtask.store import Store
 from pgtask.telling import Telling
 from pgtask.worker.run import readable
@@ -36,11 +36,6 @@ DEAF_GAP = 0.05
 
 UNREAD = 10
 """Seconds that a server may wait for a worker that waits for it before we say that nothing passes between them."""
-
-
-def lowest_free(numbers: Container[int]) -> int:
-    """The lowest number of a slot that is not in use. Not greater than how many there are."""
-    return next(number for number in count() if number not in numbers)
 
 
 class Deposed(PgtaskError):
@@ -97,6 +92,11 @@ class Mender:
     def waits(self) -> bool:
         """Is a dead worker's session still there?"""
         return bool(self._dead)
+
+    @property
+    def uncertain(self) -> bool:
+        """Is there one of a worker that was to begin whatever it finds? Nobody knows whose slot it may have taken."""
+        return any(fate.finding for fate in self._dead)
 
     def give_up(self) -> None:
         """The dead are the next master's business: we may or can do nothing about them."""

@@ -12,11 +12,11 @@ import random
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from pgtask import log, metrics
 from pgtask.errors import LOST
@@ -27,7 +27,9 @@ from pgtask.process import (
     Children,
     Ended,
     Finished,
+    Found,
     Idle,
+    Look,
     Lost,
     Opened,
     Progress,
@@ -44,8 +46,15 @@ QUIET = 10.0
 """Seconds without a refused session after which a table's workers are no longer forked one at a time."""
 
 
+ID = 8
+"""The column of the id in what a worker has found, as in what a take answers."""
+
+DEAF = 10.0
+"""Seconds after which an idle worker that does not say what it has found is killed: longer than it waits for locks."""
+
+
 class State(Enum):
-    """BUSY: has an assignment, or is opening its session for one. ENDING: its channel is closed."""
+    """BUSY: has an assignment, is looking for one, or opening its session. ENDING: its channel is closed."""
 
     BUSY = "busy"
     IDLE = "idle"
@@ -90,6 +99,7 @@ class Handle:
     asked: bool = False  # told to make room
     killed: bool = False  # by us, at the end of a stop
     linger: asyncio.TimerHandle | None = None
+    finding: "_Finding | None" = None  # it was told to look for itself
     place: metrics.Place | None = None
 
     def admits(self, taken: Taken) -> bool:
@@ -112,7 +122,7 @@ class Fate:
     """How a worker of a client ended: its backend if it had one, since when, its unfinished assignment, and why.
 
     `interrupted`: by our stop, which must cost its run nothing. `felled`: by a crash of the server that another's
-    task may have caused.
+    task may have caused. `finding`: it may have begun a row that nobody knows of.
     """
 
     backend: int | None
@@ -123,6 +133,7 @@ class Fate:
     clean: bool
     interrupted: bool = False
     felled: bool = False
+    finding: bool = False
 
 
 class Client(Protocol):
@@ -208,6 +219,36 @@ class Pool:
         else:
             self._next.append((client, taken))
             self._fork_next()
+
+    async def find(self, client: Client, look: Look, made: Callable[[Sequence[Any]], Taken]) -> list[Any] | None:
+        """Have an idle worker look for the single row that is due, and begin it; `made` tells what it then has.
+
+        None if there is nobody who can.
+        """
+        handle = next((h for h in self.of(client) if h.state is State.IDLE), None)
+        if handle is None or not handle.channel.send(look):
+            return None
+        self._engage(handle)
+        handle.finding = _Finding(asyncio.get_running_loop().create_future(), made)
+        try:
+            async with asyncio.timeout(DEAF):
+                return await handle.finding.answer
+        except TimeoutError:
+            log.warning("worker_killed", worker=handle.pid, table=client.spec.label)
+            os.kill(handle.pid, signal.SIGKILL)
+            return None
+
+    def _found(self, handle: Handle, row: list[Any] | None) -> None:
+        finding, handle.finding = handle.finding, None
+        if finding is None or finding.answer.done():  # too late: it was killed
+            handle.finding = finding
+            return
+        finding.answer.set_result(row)
+        if row is None or row[ID] is None:
+            self._idle(handle)
+        else:
+            handle.assigned = finding.made(row)
+            self._heed_hold(handle)
 
     def want(self, client: Client, *, room: bool) -> None:
         """The client has due rows and no place for them: tell it when there is one.
@@ -373,12 +414,16 @@ class Pool:
         """False if the worker does not read what it is told."""
         if not handle.channel.send(taken.run()):
             return False
+        self._engage(handle)
+        handle.assigned = taken
+        self._heed_hold(handle)
+        return True
+
+    def _engage(self, handle: Handle) -> None:
         if handle.linger is not None:
             handle.linger.cancel()
             handle.linger = None
-        handle.state, handle.assigned, handle.asked = State.BUSY, taken, False
-        self._heed_hold(handle)
-        return True
+        handle.state, handle.asked = State.BUSY, False
 
     def _fork_next(self) -> None:
         """One in a turn of the loop: it stands still while the kernel copies our pages."""
@@ -460,6 +505,8 @@ class Pool:
                     taken, handle.assigned, handle.runs = handle.assigned, None, runs
                     self._idle(handle)
                     handle.client.on_idle(taken, begun)
+                case Found(row=row):
+                    self._found(handle, row)
                 case Finished(ids=ids):
                     handle.client.on_finished(ids)
                 case Lost():
@@ -529,6 +576,8 @@ class Pool:
         del self.handles[handle.pid]
         metrics.release(handle.place)
         clean = ended.status == 0
+        if handle.finding is not None and not handle.finding.answer.done():
+            handle.finding.answer.set_result(None)
         if not clean:
             metrics.crashed(handle.client.spec.label)
         # One that took a session over may have found it dead, and none to be had in its place.
@@ -555,6 +604,7 @@ class Pool:
                 clean=clean,
                 interrupted=handle.killed,
                 felled=handle.lost is not None and handle.lost.felled,
+                finding=handle.finding is not None,
             )
         )
         self._place_free()
@@ -581,6 +631,14 @@ class Pool:
             return
         pause.tries += 1
         pause.until = time.monotonic() + min(10.0, 0.1 * 2 ** min(pause.tries, 10)) * random.uniform(0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """What a worker was told to look for: where its answer goes, and what it then has."""
+
+    answer: "asyncio.Future[list[Any] | None]"
+    made: Callable[[Sequence[Any]], Taken]
 
 
 @dataclass(kw_only=True)

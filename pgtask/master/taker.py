@@ -8,7 +8,7 @@ something. Nothing here decides when to look.
 import math
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,14 +16,21 @@ from pgtask import log, metrics
 from pgtask.config import TableConfig
 from pgtask.master.backlog import Backlog, Place
 from pgtask.master.holds import Holds
-from pgtask.master.mender import Mender, Term, lowest_free
+from pgtask.master.mender import Mender, Term
 from pgtask.master.pool import Client, Pool, Taken
 from pgtask.pace import Pace
+from pgtask.process import Look, lowest_free
 from pgtask.store import Store
 from pgtask.telling import Telling
 
 LOOK = 200
 """Due rows, and groups, that one take looks at; a glance at fewer."""
+
+MOST_LANES = 100
+"""Groups with slots in use, or held, that a worker is told of: a message has an end."""
+
+ALONE, ALONE_GAPS = 0.005, 2
+"""A task comes alone, so that a worker may look for it, so many seconds, and gaps between looks, after others."""
 
 RECENT = 4
 """How many takes tell what one costs."""
@@ -95,6 +102,8 @@ class Taker:
         self._walk_from: int | None = None  # the lane where the next take goes on; None: from the first
         self._filled = False  # did the last take find as many as there were workers for?
         self._found_behind = False  # has the last look behind the backlog found anything?
+        self._begun = False  # by a worker, what the last take found
+        self._handed_at = 0.0  # when something was found last (time.monotonic())
         self._crowded = 0  # looks to come that are not for a single row
         self._left = False  # due rows since the walk from group to group began
         self._place = BEGINNING  # of the first due row that the last take saw
@@ -172,6 +181,9 @@ class Taker:
         many as there are workers for: other groups have not waited as long.
         """
         self._end_rests()
+        self._begun = False
+        if self._mender.uncertain:  # soon
+            return Batch(rows=[], late=0, left=True, waiting=False, more=False, now=now, next=math.inf)
         held = await self._mender.held(self._term)
         if self._holds.keys != self._known_holds:
             self._known_holds = self._holds.keys
@@ -185,7 +197,7 @@ class Taker:
         if batch is None:
             batch = await self._take_anywhere(capacity, held, now, full=full)
         self._filled = 0 < capacity <= len(batch.rows)
-        if self.closed:  # meanwhile
+        if self.closed and not self._begun:  # meanwhile
             self._mender.not_begun(*batch.rows)
             return batch
         self._hand_out(batch)
@@ -269,51 +281,79 @@ class Taker:
     async def _look_behind(
         self, place: Place, lanes: list[int], capacity: int, held: dict[int, set[int]], now: Any
     ) -> list[tuple[Any, ...]]:
-        slots = _slots(held)
-        if capacity and not lanes and (rows := await self._look_for_one(slots, now, place)):
+        if capacity and not lanes and (rows := await self._look_for_one(held, now, place)):
             return rows
-        who = (capacity, list(self._resting), LOOK, now, slots, self._term.since, self._holds.keys)
+        who = (capacity, list(self._resting), LOOK, now, _slots(held), self._term.since, self._holds.keys)
         where = (None, *place, self._looked_at, lanes)
         return await self._term.session.rows(self._store.text("take"), *who, *where)
 
     async def _look(
         self, capacity: int, held: dict[int, set[int]], now: Any, *, quick: bool, glance: bool
     ) -> list[tuple[Any, ...]]:
-        slots = _slots(held)
         aside = quick or glance or self._walk_from is not None or self._backlog.place is not None
-        if capacity and not aside and (rows := await self._look_for_one(slots, now, BEGINNING)):
+        if capacity and not aside and (rows := await self._look_for_one(held, now, BEGINNING)):
             return rows
         most = min(LOOK, 10 + 10 * capacity) if glance else LOOK
-        who = (capacity, list(self._resting), most, now, slots, self._term.since, self._holds.keys)
+        who = (capacity, list(self._resting), most, now, _slots(held), self._term.since, self._holds.keys)
         if glance:
             return await self._term.session.rows(self._store.text("glance"), *who)
         place = (*self._place, self._looked_at) if quick else (*BEGINNING, None)
         where = (self._walk_from, *place, self._backlog.lanes)
         return await self._term.session.rows(self._store.text("take"), *who, *where)
 
-    async def _look_for_one(self, slots: list[int], now: Any, place: Place) -> list[tuple[Any, ...]]:
+    async def _look_for_one(self, held: dict[int, set[int]], now: Any, place: Place) -> list[tuple[Any, ...]]:
         """For a single due row from the place on; no answer where there are more, or it may not start."""
         if self._resting:
             return []
         if not self._crowded:
-            one = self._store.text("take_one")
-            rows = await self._term.session.rows(one, now, slots, self._term.since, self._holds.keys, *place)
+            rows = await self._found(held, now, place) or await self._take_one(held, now, place)
             if rows[0][0] == 0 or rows[0][8] is not None:
                 return rows
             self._crowded = CROWDED
         self._crowded -= 1
         return []
 
+    async def _take_one(self, held: dict[int, set[int]], now: Any, place: Place) -> list[tuple[Any, ...]]:
+        one = self._store.text("take_one")
+        return await self._term.session.rows(one, now, _slots(held), self._term.since, self._holds.keys, *place)
+
+    async def _found(self, held: dict[int, set[int]], now: Any, place: Place) -> list[tuple[Any, ...]]:
+        """The same by an idle worker, who begins it at once. No answer if there is none, or it is not for him."""
+        alone = time.monotonic() - self._handed_at > max(ALONE, ALONE_GAPS * self.gap)
+        if not alone or len(held) > MOST_LANES or len(self._holds.keys) > MOST_LANES:
+            return []
+        used = [(lane, list(numbers)) for lane, numbers in held.items() if numbers]
+        instant = None if now is None else str(now)
+        look = Look(term=self._term.number, used=used, held=self._holds.keys, now=instant, place=place)
+        row = await self._pool.find(self._client, look, lambda row: self._taken(row, held))
+        if row is None or (row[0] and row[8] is None):
+            return []
+        self._begun = row[8] is not None
+        return [tuple(row)]
+
+    def _taken(self, row: Sequence[Any], held: Mapping[int, set[int]]) -> Taken:
+        """In the lowest free slot of its lane: its number is not above `max`, as the statement has counted."""
+        id, attempt, _, lane, max, count, live = row[8:TAKEN]
+        return Taken(
+            id=id,
+            attempt=attempt,
+            taker=self._term.session.pid,
+            term=self._term.number,
+            lane=lane,
+            slot=lowest_free(held.get(lane, ())),
+            max=max,
+            count=count,
+            live=live,
+        )
+
     def _batch(self, rows: list[tuple[Any, ...]], held: dict[int, set[int]], started: float) -> Batch:
-        """What was taken, each row with the lowest free number of its lane: not above `max`, as `take` has counted."""
+        """What was taken, each row in a slot, which is in use from now on."""
         taken: list[Taken] = []
-        who = {"taker": self._term.session.pid, "term": self._term.number}
-        for id, attempt, late, lane, max, count, live in (row[8:TAKEN] for row in rows):
-            if id is None or late:
-                continue
-            slot = lowest_free(held[lane])
-            held[lane].add(slot)
-            taken.append(Taken(id=id, attempt=attempt, lane=lane, slot=slot, max=max, count=count, live=live, **who))
+        for row in rows:
+            if row[8] is not None and not row[10]:
+                one = self._taken(row, held)
+                held[one.lane].add(one.slot)
+                taken.append(one)
         late = sum(bool(row[10]) for row in rows)
         seen, groups, now, _, cost, _, _, next = rows[0][:8]
         # The server has counted from the end of the look, not from when we hear of it.
@@ -329,10 +369,13 @@ class Taker:
         )
 
     def _hand_out(self, batch: Batch) -> None:
+        if batch.rows:
+            self._handed_at = time.monotonic()
         for taken in batch.rows:
             if taken.max < 0:  # its end is committed before we hear of it: until then nothing may slip in
                 self._resting[taken.lane] = math.inf
-            self._pool.assign(self._client, taken)
+            if not self._begun:
+                self._pool.assign(self._client, taken)
         metrics.taken(self.config.label, len(batch.rows))
         metrics.gone(self.config.label, batch.late)
         if batch.late:

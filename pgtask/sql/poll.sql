@@ -166,28 +166,7 @@ ORDER BY t.plan, t.id;
 -- costs it more than the taking does. It answers likewise; where more rows are due than it has taken, that one must look.
 -- $1 the instant or null, $2 the lanes of the slots in use, $3 when this backend started, $4 the keys of the
 -- groups that are held, $5 $6 the plan and id of the place to start from
-WITH instant AS MATERIALIZED (
-    SELECT least($1::timestamptz, clock_timestamp()) AS now
-), due AS MATERIALIZED (
-    SELECT t.id, {lane} AS lane, t.max
-    FROM {task} AS t
-    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND (t.plan, t.id) >= ($5::timestamptz, $6::bigint)
-    ORDER BY t.plan, t.id
-    LIMIT 2
-), seen AS MATERIALIZED (
-    SELECT count(*) AS due FROM due
-), one AS MATERIALIZED (
-    SELECT t.id, d.lane
-    FROM due AS d
-    JOIN {task} AS t ON t.id = d.id AND t.id = ANY (ARRAY(SELECT e.id FROM due AS e)) AND t.state::text = 'PLAN'
-    -- All of it of the row as it is when it is locked: it may have been changed since it was seen.
-    WHERE t.plan <= (SELECT now FROM instant) AND {lane} = d.lane AND t.max = d.max
-        AND (SELECT s.due FROM seen AS s) = 1 AND hashtextextended(t."group", 0) <> ALL ($4::bigint[])
-        AND d.max >= (SELECT count(*) FROM unnest($2::bigint[]) AS l (lane) WHERE l.lane = d.lane)
-        AND (t.repeat <> interval '0' OR t.cron IS NOT NULL
-            OR date_part('epoch', (SELECT now FROM instant)) - date_part('epoch', t.plan) <= date_part('epoch', t.active))
-    FOR NO KEY UPDATE OF t SKIP LOCKED
-), taken AS (
+WITH {one}, taken AS (
     UPDATE {task} AS t
     SET state = 'TAKE', pid = pg_backend_pid(), start = greatest(clock_timestamp(), $3::timestamptz, t.plan)
     FROM one AS o
@@ -197,13 +176,7 @@ WITH instant AS MATERIALIZED (
 SELECT s.due AS seen, 0::bigint AS waiting, i.now, NULL::bigint AS walked,
     date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost,
     (i.now - interval '1 second')::text AS place, -9223372036854775808 AS place_id,
-    (
-        SELECT date_part('epoch', t.plan) - date_part('epoch', clock_timestamp())
-        FROM {task} AS t
-        WHERE t.state = 'PLAN' AND t.plan > (SELECT now FROM instant)
-        ORDER BY t.plan
-        LIMIT 1
-    ) AS next,
+    {one_next} AS next,
     t.id, t.attempt, false AS late, t.lane, t.max, t.count, t.live
 FROM instant AS i
 CROSS JOIN seen AS s

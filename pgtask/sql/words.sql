@@ -166,6 +166,40 @@ RETURNING {row}, n.number, date_part('epoch', clock_timestamp() - statement_time
     RETURNING t.id, t.attempt, p.late, p.lane, t.max, t.count, date_part('epoch', t.live) AS live, t.plan
 )
 
+-- name: one — the one row that is due from the place ($5 $6) on, if it may start at the instant ($1, or now). $2 the lanes of
+-- the slots in use, $4 the keys of the groups that are held
+instant AS MATERIALIZED (
+    SELECT least($1::timestamptz, clock_timestamp()) AS now
+), due AS MATERIALIZED (
+    SELECT t.id, {lane} AS lane, t.max
+    FROM {task} AS t
+    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND (t.plan, t.id) >= ($5::timestamptz, $6::bigint)
+    ORDER BY t.plan, t.id
+    LIMIT 2
+), seen AS MATERIALIZED (
+    SELECT count(*) AS due FROM due
+), one AS MATERIALIZED (
+    SELECT t.id, d.lane
+    FROM due AS d
+    JOIN {task} AS t ON t.id = d.id AND t.id = ANY (ARRAY(SELECT e.id FROM due AS e)) AND t.state::text = 'PLAN'
+    -- All of it of the row as it is when it is locked: it may have been changed since it was seen.
+    WHERE t.plan <= (SELECT now FROM instant) AND {lane} = d.lane AND t.max = d.max
+        AND (SELECT s.due FROM seen AS s) = 1 AND hashtextextended(t."group", 0) <> ALL ($4::bigint[])
+        AND d.max >= (SELECT count(*) FROM unnest($2::bigint[]) AS l (lane) WHERE l.lane = d.lane)
+        AND (t.repeat <> interval '0' OR t.cron IS NOT NULL
+            OR date_part('epoch', (SELECT now FROM instant)) - date_part('epoch', t.plan) <= date_part('epoch', t.active))
+    FOR NO KEY UPDATE OF t SKIP LOCKED
+)
+
+-- name: one_next — seconds until the next moment that is planned after the instant
+(
+        SELECT date_part('epoch', t.plan) - date_part('epoch', clock_timestamp())
+        FROM {task} AS t
+        WHERE t.state = 'PLAN' AND t.plan > (SELECT now FROM instant)
+        ORDER BY t.plan
+        LIMIT 1
+    )
+
 -- name: answer — what a take answers with first: the due rows seen that free slots are for, the groups of which nothing ran,
 -- and the instant
 SELECT coalesce((SELECT sum(least(seen, free)) FROM groups), 0)::bigint AS seen,

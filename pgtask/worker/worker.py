@@ -32,7 +32,9 @@ from pgtask.process import (
     Cancel,
     Channel,
     Finished,
+    Found,
     Idle,
+    Look,
     Lost,
     Opened,
     Progress,
@@ -40,6 +42,7 @@ from pgtask.process import (
     Room,
     Run,
     Watch,
+    lowest_free,
     set_title,
     unblock,
 )
@@ -86,6 +89,9 @@ SHORTEST = 0.00005
 MOMENT, TURN = 0.01, 10
 """A worker goes on with its group for so many seconds although others wait, or three times as long if it has not run so
 many tasks: a change of the group costs as much as some of them."""
+
+QUIET = 0.05
+"""Seconds without a word after which an idle worker gets ready for what it has never been asked for."""
 
 STALLED = 1.0
 """Seconds to wait, once, for a master that does not read what has ended; then it is only told that something has."""
@@ -143,7 +149,8 @@ class Worker:
         self.each = 0.0  # seconds that a run is expected to take
         self.limits = Limits()
         self.doing = self.what = ""  # as ps shows it
-        self.assigned = run
+        self.assigned: Run | Look | None = run
+        self.practised = False  # has the session the plan of what a Look asks for?
         self.entered = 0.0  # when we were given the group that we are in
         self.turn = 0  # how many runs we had had by then
         self.until = math.inf  # others wait: take nothing more of it from then on
@@ -222,7 +229,7 @@ class Worker:
         self.ours.fresh = ready.fresh
         self.finisher = Finisher(self.ours, self.spec.telling, self._wants_to_leave, self._show_try)
         self.marked_at = time.monotonic()
-        self.limited = self.saved = False
+        self.limited = self.saved = self.practised = False
 
     def _show_try(self, number: int) -> None:
         """The end of a run could not be written."""
@@ -237,10 +244,15 @@ class Worker:
         return self.ours.transaction("mark").get_value(0, 0) or b""
 
     def _serve(self) -> None:
-        while (run := self._await_run()) is not None:
-            self._enter(run)
-            self._show("beginning", f" {run.id}")
-            first = self._begin(run)
+        while (word := self._await_word()) is not None:
+            if isinstance(word, Look):
+                first = self._find(word)
+                if first is None:
+                    continue
+            else:
+                self._enter(word.term, word.lane, word.slot)
+                self._show("beginning", f" {word.id}")
+                first = self._begin(word)
             begun = first is not None
             if first is not None:
                 self.hand.append(first)
@@ -255,24 +267,63 @@ class Worker:
                     self._report()
                 self.channel.send(Idle(runs=self.runs, begun=begun), patience=PATIENCE)
 
-    def _enter(self, run: Run) -> None:
+    def _enter(self, term: int, lane: int, slot: int) -> None:
         """The group and slot of an assignment. If we have just found nothing there, it was below what comes first."""
         now = time.monotonic()
-        if run.lane == self.lane and now - self.idle_at < SOON:
+        if lane == self.lane and now - self.idle_at < SOON:
             self.below_until = now + BELOW
-        self.term, self.lane, self.slot, self.entered, self.turn = run.term, run.lane, run.slot, now, self.runs
+        self.term, self.lane, self.slot, self.entered, self.turn = term, lane, slot, now, self.runs
 
-    def _await_run(self) -> Run | None:
+    def _await_word(self) -> Run | Look | None:
         """The next assignment; None when the master wants no more of us, or is gone."""
         self._look()
-        if self.assigned is None and not self.leaving:
+        if self.assigned is None and not self.leaving and self.doing != "idle":
             self._show("idle")
         while self.assigned is None and not self.leaving:
-            if self.watch.wait(self.session.pgconn.socket, listen=True):
+            if self.watch.wait(self.session.pgconn.socket, timeout=None if self.practised else QUIET, listen=True):
                 self._drain()
+            elif not (self.practised or self.watch.heard):
+                self._practise()
             self._look()
-        run, self.assigned = self.assigned, None
-        return None if self.leaving else run
+        word, self.assigned = self.assigned, None
+        return None if self.leaving else word
+
+    def _practise(self) -> None:
+        """Have the session plan what a Look asks for while nobody waits for it: what is due after all that is."""
+        self.practised = True
+        self._ask(Look(term=0, used=[], held=[], now=None, place=("infinity", 0)))
+
+    def _find(self, look: Look) -> Task | None:
+        """Begin the row that is due, if there is one that may start, and tell the master what there is."""
+        found = self._ask(look)
+        if found is None:
+            self.channel.send(Found(row=None), patience=PATIENCE)
+            return None
+        task = Task.read(found) if found.get_value(0, 0) is not None else None
+        lane, seen, now, cost, place, next = ((found.get_value(0, column) or b"").decode() for column in range(24, 30))
+        row = [int(seen), 0, now, None, float(cost), place, -(1 << 63), float(next) if next else None]
+        if task is None:
+            row += [None] * 7
+        else:
+            self._enter(look.term, int(lane), lowest_free(dict(look.used).get(int(lane), ())))
+            row += [task.id, task.attempt - 1, False, int(lane), task.max, 0, 0.0]
+        self.channel.send(Found(row=row), patience=PATIENCE)
+        return task
+
+    def _ask(self, look: Look) -> PGresult | None:
+        steps = self._opened()
+        lanes = [lane for lane, numbers in look.used for _ in numbers]
+        lists = (_numbers(lanes), self.ours.fresh.since, _numbers(look.held))
+        self.ours.task(steps, "find", look.now, *lists, *look.place, look.term, self.ours.fresh.mark)
+        steps.own("commit")
+        try:
+            return self.session.pipeline(steps.steps, timeout=PATIENCE)[steps.names.index("find")]
+        except StatementFailed as failure:
+            if failure.code == "26000":
+                self.session.forget_statements()
+            log.debug("look_failed", code=failure.code, error=str(failure))
+            self.saved = True
+            return None
 
     def _drain(self) -> None:
         """Something came from an idle session: a notice, a changed parameter, or its end."""
@@ -286,7 +337,7 @@ class Worker:
         self.watch.heard = False
         for message in self.channel.receive():
             match message:
-                case Run():
+                case Run() | Look():
                     self.assigned = message
                 case Room(now=now):
                     self.until = 0.0 if now else min(self.until, self.entered + MOMENT)
@@ -335,11 +386,7 @@ class Worker:
 
     def _try_to_begin(self, run: Run) -> Task | None:
         for pause in (0.1, 0.5, 2.0, None):
-            steps = Steps()
-            if not self.session.idle:
-                steps.own("rollback")
-            steps.own("open")
-            self.ours.add(steps, clean=False, sure=self.saved)
+            steps = self._opened()
             begin = (self.ours.fresh.since, run.id, run.taker, run.attempt, run.term, self.ours.fresh.mark)
             self.ours.task(steps, "begin", *begin)
             steps.own("commit")
@@ -360,6 +407,15 @@ class Worker:
                 self.refusal = ""
             return task
         return None
+
+    def _opened(self) -> Steps:
+        """What a transaction of our own begins with."""
+        steps = Steps()
+        if not self.session.idle:
+            steps.own("rollback")
+        steps.own("open")
+        self.ours.add(steps, clean=False, sure=self.saved)
+        return steps
 
     def _begin_failed(self, run: Run, failure: StatementFailed) -> None:
         """Say it once for each reason, until a begin succeeds."""
@@ -647,6 +703,11 @@ def _timed_out(task: Task, outcome: Outcome) -> Outcome:
         context=outcome.errors[0].context,
     )
     return Outcome(output=outcome.output, errors=(error,), notice=outcome.notice, encoding=outcome.encoding)
+
+
+def _numbers(values: Sequence[int]) -> str:
+    """The literal of an array."""
+    return f"{{{','.join(map(str, values))}}}"
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,162 @@
+"""An idle worker begins by itself the single task that is due: what becomes of it when the worker hangs or dies."""
+
+import os
+import re
+from collections.abc import Callable
+from signal import SIGKILL
+
+import pytest
+
+from tests.fixtures.database import Database
+from tests.fixtures.locks import WAIT, falls_asleep, held, passes, runs_waiting, wait_runs
+from tests.fixtures.master import Master
+from tests.fixtures.processes import frozen, idle
+from tests.fixtures.wait import eventually
+
+Start = Callable[..., Master]
+
+PAUSES = """CREATE FUNCTION pauses() RETURNS trigger LANGUAGE plpgsql AS
+$$BEGIN PERFORM pg_advisory_xact_lock_shared(7000); RETURN NEW; END$$;
+CREATE TRIGGER pauses BEFORE UPDATE ON task FOR EACH ROW
+WHEN (NEW.state = 'WORK' AND OLD.state <> 'WORK' AND NEW.data = 'pauses') EXECUTE FUNCTION pauses()"""
+"""The beginning of such a row waits for a lock."""
+
+
+def lingering(database: Database, one: Master, **columns: object) -> int:
+    """The pid of the only worker, idle, under a master that sleeps."""
+    database.wait(database.insert("SELECT 1", delete=False, group="first", **columns))
+    [worker] = eventually(lambda: one.workers())
+    eventually(lambda: idle(worker))
+    falls_asleep(database)
+    return int(worker)
+
+
+def said(database: Database, who: str) -> list[str]:
+    text = database.server.log_text()  # type: ignore[union-attr]
+    return re.findall(rf"^{who}[^|]*\|{database.name}\|LOG:  .*", text, re.MULTILINE)
+
+
+def test_worker_begins_it_and_the_master_takes_nothing(talkative: Database, master: Start) -> None:
+    one = master("--linger", "1h", "--safety", "1h", talkative.conninfo, tables=1)
+
+    def begun_by_worker() -> bool:
+        lingering(talkative, one)
+        before = len(said(talkative, "pgtask master"))
+        row = talkative.wait(talkative.insert("SELECT 1", delete=False, group="other", max=3))
+        falls_asleep(talkative)
+        taken = [text for text in said(talkative, "pgtask master")[before:] if "'TAKE'" in text]
+        return not taken and row["attempt"] == 1
+
+    eventually(begun_by_worker)
+
+
+def test_full_group_stays_full(database: Database, master: Start) -> None:
+    """The worker knows of the slots in use what the master knows."""
+    one = master("--linger", "1h", database.conninfo)
+    with held(database):
+        first = database.insert(WAIT, group="g", delete=False)
+        wait_runs(database)
+        other = database.insert("SELECT 1", group="other", delete=False)
+        database.wait(other)
+        for _ in range(5):
+            database.insert(WAIT, group="g", delete=False)
+            passes(0.15)
+        third = database.insert(WAIT, group="g", max=1, delete=False)
+        wait_runs(database, 2)
+        passes(0.3)
+        assert runs_waiting(database) == 2
+        assert {row["id"] for row in database.tasks("state = 'WORK'")} == {first, third}
+    eventually(lambda: all(row["state"] == "DONE" for row in database.tasks()))
+    assert {row["attempt"] for row in database.tasks()} == {1}
+    assert one.logged("( WARNING | ERROR )(?!.*running_as_root)") == []
+
+
+@pytest.mark.parametrize("end", ["killed", "hangs", "hangs for a moment"])
+def test_worker_that_hangs_or_dies_before_it_looks_costs_nothing(database: Database, master: Start, end: str) -> None:
+    one = master("--linger", "1h", database.conninfo)
+    one.may_log_errors = True
+    worker = lingering(database, one)
+    with frozen(worker):
+        id = database.insert("SELECT 1", group="other", delete=False)
+        passes(0.3)
+        assert database.task(id)["state"] == "PLAN"  # type: ignore[index]
+        if end == "killed":
+            os.kill(worker, SIGKILL)
+        if end != "hangs for a moment":
+            assert database.wait(id)["attempt"] == 1
+    assert database.wait(id)["attempt"] == 1
+    if end == "hangs":
+        assert worker not in one.workers()
+
+
+def test_worker_that_dies_while_it_begins_holds_the_slot_until_its_session_is_gone(
+    database: Database, master: Start
+) -> None:
+    """Nobody knows which row it was: nothing is taken before that."""
+    one = master("--linger", "1h", database.conninfo)
+    one.may_log_errors = True
+    worker = lingering(database, one)
+    database.execute(PAUSES)
+    with held(database):
+        id = database.insert("SELECT 1", group="g", data="pauses", delete=False)
+        eventually(lambda: database.execute("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)])
+        other = database.insert("SELECT 1", group="other", delete=False)
+        passes(0.3)
+        assert database.task(other)["state"] == "PLAN"  # type: ignore[index]
+        os.kill(worker, SIGKILL)
+        assert database.wait(other)["attempt"] == 1
+    assert database.wait(id)["attempt"] in (1, 2)
+    assert {row["state"] for row in database.tasks()} == {"DONE"}
+
+
+def test_row_that_is_stopped_while_its_worker_begins_it(database: Database, master: Start) -> None:
+    one = master("--linger", "1h", database.conninfo)
+    lingering(database, one)
+    with held(database):
+        id = database.insert(WAIT, group="g", delete=False)
+        wait_runs(database)
+        database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
+        row = eventually(lambda: database.tasks("stop IS NOT NULL AND state = 'STOP'"))
+    assert row[0]["id"] == id
+    assert one.logged("worker_ended") == [] or not one.logged(" WARNING .*worker_ended")
+
+
+def test_master_that_dies_while_its_worker_begins(database: Database, master: Start) -> None:
+    """The worker ends the run that it has begun; if nobody began it, the next master does."""
+    one = master("--linger", "1h", database.conninfo)
+    lingering(database, one)
+    database.execute(PAUSES)
+    one.expect_exit = None
+    with held(database):
+        id = database.insert("SELECT 1", group="g", data="pauses", delete=False)
+        eventually(lambda: database.execute("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)])
+        os.kill(one.pid, SIGKILL)
+        passes(0.2)
+    assert database.wait(id)["attempt"] == 1
+    master(database.conninfo)
+    assert database.task(id)["state"] == "DONE"  # type: ignore[index]
+
+
+def test_worker_of_an_old_session_gives_way_to_a_new_one(database: Database, master: Start) -> None:
+    one = master("--linger", "1h", database.conninfo)
+    lingering(database, one)
+    database.admin_execute(f"ALTER ROLE \"{database.user}\" SET pg_task.probe = 'new'")
+    row = database.wait(database.insert("SELECT current_setting('pg_task.probe', true)", group="other", delete=False))
+    assert (row["output"], row["attempt"]) == ("new", 1)
+    assert one.logged(" WARNING .*worker_ended") == []
+
+
+def test_trigger_that_refuses_a_begin_holds_up_nobody(database: Database, master: Start) -> None:
+    one = master("--linger", "1h", database.conninfo)
+    lingering(database, one)
+    database.execute(
+        """CREATE FUNCTION refuses() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'not this one'; END$$;
+        CREATE TRIGGER refuses BEFORE UPDATE ON task FOR EACH ROW
+        WHEN (NEW.state = 'WORK' AND NEW.data = 'bad') EXECUTE FUNCTION refuses()"""
+    )
+    bad = database.insert("SELECT 1", group="bad", data="bad", delete=False)
+    for number in range(3):
+        assert database.wait(database.insert("SELECT 1", group=f"g{number}", delete=False))["attempt"] == 1
+    assert database.task(bad)["attempt"] == 0  # type: ignore[index]
+    database.execute("DROP TRIGGER refuses ON task")
+    assert database.wait(bad)["attempt"] == 1
