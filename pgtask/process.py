@@ -62,7 +62,8 @@ class Run:
 class Look:
     """Master to worker: begin the one row that is due from a place (plan, id) on, in whatever group it is.
 
-    `used`: each lane with slots in use, and their numbers; `held`: the keys of groups that are held.
+    `used`: each lane with slots in use, and their numbers; `held`: the keys of groups that are held. Nothing may be
+    begun later than `until`, by the server's clock, or than `by` (time.monotonic(), the same for all processes).
     """
 
     term: int
@@ -70,6 +71,8 @@ class Look:
     held: list[int]
     now: str | None
     place: tuple[str, int]
+    until: str
+    by: float
     kind: ClassVar[str] = "look"
 
 

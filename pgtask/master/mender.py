@@ -96,7 +96,7 @@ class Mender:
     @property
     def uncertain(self) -> bool:
         """Is there one of a worker that was to begin whatever it finds? Nobody knows whose slot it may have taken."""
-        return any(fate.finding for fate in self._dead)
+        return self._pool.finding(self._client) or any(fate.finding for fate in self._dead)
 
     def give_up(self) -> None:
         """The dead are the next master's business: we may or can do nothing about them."""
@@ -178,7 +178,9 @@ class Mender:
         backends = [fate.backend for fate in self._dead]
         reasons = [fate.why for fate in self._dead]
         # Of those that a stop kills together, one may end its session before we hear of its death.
-        interrupted = [*(fate.backend for fate in self._dead if fate.interrupted), *self._pool.killed(self._client)]
+        # Nor does what one has begun that never said so: its input was not sent.
+        harmless = [fate.backend for fate in self._dead if fate.interrupted or fate.finding]
+        interrupted = [*harmless, *self._pool.killed(self._client)]
         felled = [fate.backend for fate in self._dead if fate.felled]
         since = [fate.since for fate in self._dead]
         alive = await term.session.rows(self._store.text("terminate"), backends, since)

@@ -7,12 +7,13 @@ that an ending can never cross an assignment.
 """
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
@@ -49,8 +50,12 @@ QUIET = 10.0
 ID = 8
 """The column of the id in what a worker has found, as in what a take answers."""
 
-DEAF = 10.0
-"""Seconds after which an idle worker that does not say what it has found is killed: longer than it waits for locks."""
+LOOK_GAP = 0.05
+"""Seconds between looks at the session of a worker that does not answer."""
+
+DEAF = 6.0
+"""Seconds after which a worker that does not say what it has found, and whose session is busy, is killed: longer than
+that waits for locks."""
 
 
 class State(Enum):
@@ -220,35 +225,59 @@ class Pool:
             self._next.append((client, taken))
             self._fork_next()
 
-    async def find(self, client: Client, look: Look, made: Callable[[Sequence[Any]], Taken]) -> list[Any] | None:
+    async def find(
+        self,
+        client: Client,
+        look: Look,
+        made: Callable[[Sequence[Any]], Taken],
+        at_rest: Callable[[int | None], Awaitable[bool]],
+    ) -> list[Any] | None:
         """Have an idle worker look for the single row that is due, and begin it; `made` tells what it then has.
 
-        None if there is nobody who can.
+        None if there is nobody who can. One that does not answer is left alone when his session is `at_rest`, since
+        it is too late for what he was told; one whose session is not, and who still does not, is killed.
         """
         handle = next((h for h in self.of(client) if h.state is State.IDLE), None)
         if handle is None or not handle.channel.send(look):
             return None
+        loop = asyncio.get_running_loop()
+        until = None if handle.linger is None else handle.linger.when()
         self._engage(handle)
-        handle.finding = _Finding(asyncio.get_running_loop().create_future(), made)
+        answer: asyncio.Future[list[Any] | None] = loop.create_future()
+        handle.finding = finding = _Finding(answer, made, until)
+        deaf_at = loop.time() + DEAF
         try:
-            async with asyncio.timeout(DEAF):
-                return await handle.finding.answer
-        except TimeoutError:
-            log.warning("worker_killed", worker=handle.pid, table=client.spec.label)
-            os.kill(handle.pid, signal.SIGKILL)
-            return None
+            await asyncio.wait((answer,), timeout=max(0.0, look.by - time.monotonic()))
+            while not answer.done():
+                if await at_rest(handle.backend):
+                    finding.over = True
+                    return None
+                if loop.time() > deaf_at:
+                    break
+                await asyncio.wait((answer,), timeout=LOOK_GAP)
+        finally:
+            if not (answer.done() or finding.over):
+                log.warning("worker_killed", worker=handle.pid, table=client.spec.label)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(handle.pid, signal.SIGKILL)
+        return answer.result() if answer.done() else None
+
+    def finding(self, client: Client) -> bool:
+        """Is there a worker of the client that may have begun what we know nothing of?"""
+        return any(handle.finding is not None and not handle.finding.over for handle in self.of(client))
 
     def _found(self, handle: Handle, row: list[Any] | None) -> None:
         finding, handle.finding = handle.finding, None
-        if finding is None or finding.answer.done():  # too late: it was killed
-            handle.finding = finding
-            return
+        assert finding is not None, "nobody has asked"
         finding.answer.set_result(row)
-        if row is None or row[ID] is None:
-            self._idle(handle)
-        else:
+        if row is not None and row[ID] is not None:
             handle.assigned = finding.made(row)
             self._heed_hold(handle)
+            return
+        self._idle(handle)
+        if handle.linger is not None and finding.lingers_until is not None:  # that was no work
+            handle.linger.cancel()
+            handle.linger = asyncio.get_running_loop().call_at(finding.lingers_until, self._end, handle)
 
     def want(self, client: Client, *, room: bool) -> None:
         """The client has due rows and no place for them: tell it when there is one.
@@ -604,7 +633,7 @@ class Pool:
                 clean=clean,
                 interrupted=handle.killed,
                 felled=handle.lost is not None and handle.lost.felled,
-                finding=handle.finding is not None,
+                finding=handle.finding is not None and not handle.finding.over,
             )
         )
         self._place_free()
@@ -633,12 +662,17 @@ class Pool:
         pause.until = time.monotonic() + min(10.0, 0.1 * 2 ** min(pause.tries, 10)) * random.uniform(0.5, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Finding:
-    """What a worker was told to look for: where its answer goes, and what it then has."""
+    """What a worker was told to look for: where its answer goes, what it then has, and how long it is kept if nothing.
+
+    `over`: nobody waits for it, since it was too late.
+    """
 
     answer: "asyncio.Future[list[Any] | None]"
     made: Callable[[Sequence[Any]], Taken]
+    lingers_until: float | None
+    over: bool = False
 
 
 @dataclass(kw_only=True)

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import Any
 
 from pgtask import log, metrics
@@ -31,6 +32,9 @@ MOST_LANES = 100
 
 ALONE, ALONE_GAPS = 0.005, 2
 """A task comes alone, so that a worker may look for it, so many seconds, and gaps between looks, after others."""
+
+PROMPT = 0.25
+"""Seconds in which a worker has to begin what it looks for."""
 
 RECENT = 4
 """How many takes tell what one costs."""
@@ -72,6 +76,10 @@ class Batch:
     next: float
 
 
+class Uncertain(Exception):
+    """A worker that was to begin what it finds has ended without a word."""
+
+
 class Taker:
     """Of one table; what it knows outlives a session, what it does needs a term."""
 
@@ -103,6 +111,7 @@ class Taker:
         self._filled = False  # did the last take find as many as there were workers for?
         self._found_behind = False  # has the last look behind the backlog found anything?
         self._begun = False  # by a worker, what the last take found
+        self._now: tuple[datetime, float] | None = None  # the server's clock, and ours (time.monotonic()) not later
         self._handed_at = 0.0  # when something was found last (time.monotonic())
         self._crowded = 0  # looks to come that are not for a single row
         self._left = False  # due rows since the walk from group to group began
@@ -182,8 +191,8 @@ class Taker:
         """
         self._end_rests()
         self._begun = False
-        if self._mender.uncertain:  # soon
-            return Batch(rows=[], late=0, left=True, waiting=False, more=False, now=now, next=math.inf)
+        if self._mender.uncertain:
+            return self._soon(now)
         held = await self._mender.held(self._term)
         if self._holds.keys != self._known_holds:
             self._known_holds = self._holds.keys
@@ -191,11 +200,14 @@ class Taker:
             self._pace = Pace(cheap=CHEAP)
         self._backlog.count(held)
         capacity = min(self._pool.capacity(self._client), self.config.limit)
-        behind, batch = self._backlog.place, None
-        if behind is not None and not (self._found_behind and self._may_walk()):
-            batch = await self._take_behind(behind, capacity, held, now)
-        if batch is None:
-            batch = await self._take_anywhere(capacity, held, now, full=full)
+        try:
+            behind, batch = self._backlog.place, None
+            if behind is not None and not (self._found_behind and self._may_walk()):
+                batch = await self._take_behind(behind, capacity, held, now)
+            if batch is None:
+                batch = await self._take_anywhere(capacity, held, now, full=full)
+        except Uncertain:
+            return self._soon(now)
         self._filled = 0 < capacity <= len(batch.rows)
         if self.closed and not self._begun:  # meanwhile
             self._mender.not_begun(*batch.rows)
@@ -206,6 +218,11 @@ class Taker:
         if batch.left and not self._pool.capacity(self._client):  # again, behind those who have waited longer
             self._pool.want(self._client, room=batch.waiting)
         return batch
+
+    def _soon(self, now: Any) -> Batch:
+        """Nothing may be taken, while nobody knows whose slot a worker has that was to begin what it finds."""
+        self.look_everywhere()
+        return Batch(rows=[], late=0, left=True, waiting=False, more=False, now=now, next=math.inf)
 
     def _may_walk(self) -> bool:
         """Is it time to walk on through the full groups, behind whose backlog the takes look?"""
@@ -320,16 +337,34 @@ class Taker:
     async def _found(self, held: dict[int, set[int]], now: Any, place: Place) -> list[tuple[Any, ...]]:
         """The same by an idle worker, who begins it at once. No answer if there is none, or it is not for him."""
         alone = time.monotonic() - self._handed_at > max(ALONE, ALONE_GAPS * self.gap)
-        if not alone or len(held) > MOST_LANES or len(self._holds.keys) > MOST_LANES:
+        if (
+            not (alone and self.config.wake and self._now)
+            or len(held) > MOST_LANES
+            or len(self._holds.keys) > MOST_LANES
+        ):
             return []
-        used = [(lane, list(numbers)) for lane, numbers in held.items() if numbers]
-        instant = None if now is None else str(now)
-        look = Look(term=self._term.number, used=used, held=self._holds.keys, now=instant, place=place)
-        row = await self._pool.find(self._client, look, lambda row: self._taken(row, held))
+        by = time.monotonic() + PROMPT
+        until = str(self._now[0] + timedelta(seconds=by - self._now[1]))
+        look = Look(
+            term=self._term.number,
+            used=[(lane, list(numbers)) for lane, numbers in held.items() if numbers],
+            held=self._holds.keys,
+            now=None if now is None else str(now),
+            place=place,
+            until=until,
+            by=by,
+        )
+
+        async def at_rest(backend: int | None) -> bool:
+            return bool((await self._term.session.one(self._store.text("at_rest"), backend, until))[0])
+
+        row = await self._pool.find(self._client, look, lambda row: self._taken(row, held), at_rest)
+        if self._mender.uncertain:
+            raise Uncertain
         if row is None or (row[0] and row[8] is None):
             return []
         self._begun = row[8] is not None
-        return [tuple(row)]
+        return [(*row[:2], datetime.fromisoformat(row[2]), *row[3:])]
 
     def _taken(self, row: Sequence[Any], held: Mapping[int, set[int]]) -> Taken:
         """In the lowest free slot of its lane: its number is not above `max`, as the statement has counted."""
@@ -356,6 +391,7 @@ class Taker:
                 taken.append(one)
         late = sum(bool(row[10]) for row in rows)
         seen, groups, now, _, cost, _, _, next = rows[0][:8]
+        self._now = (now, started)
         # The server has counted from the end of the look, not from when we hear of it.
         moment = math.inf if next is None else started + cost + next
         return Batch(

@@ -11,7 +11,6 @@ opens its own.
 
 import asyncio
 import random
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from psycopg import OperationalError, pq
 
 from pgtask import log
 from pgtask.async_session import event_or_timeout, until_ready
-from pgtask.worker.ours import Fresh, Ours, Steps, own_text
+from pgtask.worker.ours import Fresh, Ours, Steps, explain, own_text
 from pgtask.worker.session import Session, Step
 from pgtask.worker.worker import OPEN_TIMEOUT, Ready, Spec
 
@@ -185,13 +184,10 @@ async def _asked(session: Session, spec: Spec, mark: bytes | None) -> Ready:
 
 
 async def _rehearse(session: Session, ours: Ours, spec: Spec) -> None:
-    """Have the server plan what the worker will say: a new session takes longer to learn of a table than to write it.
-
-    EXPLAIN, since a statement of ours that finds no row would fire the user's statement triggers.
-    """
+    """Have the server plan what the worker will say: to learn of a table takes a session longer than to write it."""
     texts = [ours.encode(spec.store.text(name)) for name in REHEARSED]
     await _pipeline(session, _in_ours(ours, [Step(text, only_prepare=True) for text in texts]))
-    await _pipeline(session, _in_ours(ours, [_explain(session, text) for text in texts]))
+    await _pipeline(session, _in_ours(ours, [explain(session, text) for text in texts]))
 
 
 def _in_ours(ours: Ours, inner: Sequence[Step]) -> Sequence[Step]:
@@ -202,11 +198,6 @@ def _in_ours(ours: Ours, inner: Sequence[Step]) -> Sequence[Step]:
     steps.steps += inner
     steps.own("commit")
     return steps.steps
-
-
-def _explain(session: Session, text: bytes) -> Step:
-    count = max(map(int, re.findall(rb"\$(\d+)", text)))
-    return Step(b"EXPLAIN EXECUTE %s (%s)" % (session.prepared(text), b", ".join([b"NULL"] * count)), plain=True)
 
 
 async def _pipeline(session: Session, steps: Sequence[Step]) -> list[pq.abc.PGresult]:

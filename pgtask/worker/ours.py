@@ -5,6 +5,7 @@ the settings put back, in a transaction that is ours from some point on. After t
 what a new session has not, the next task does not find. Nothing here decides what is written into a row.
 """
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -327,6 +328,15 @@ class Ours:
             self.session.forget_statements()
             return
         log.warning("cleanup_failed", step=steps.names[failure.step], code=failure.code, error=str(failure))
+
+
+def explain(session: Session, text: bytes) -> Step:
+    """What has the server plan a statement that is prepared.
+
+    EXPLAIN, since a statement of ours that finds no row would fire the user's statement triggers.
+    """
+    count = max(map(int, re.findall(rb"\$(\d+)", text)))
+    return Step(b"EXPLAIN EXECUTE %s (%s)" % (session.prepared(text), b", ".join([b"NULL"] * count)), plain=True)
 
 
 def param(value: object) -> bytes | None:

@@ -14,7 +14,8 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -49,7 +50,7 @@ from pgtask.process import (
 from pgtask.store import Store, Task
 from pgtask.telling import Telling
 from pgtask.worker.finish import Finisher, Want
-from pgtask.worker.ours import PATIENCE, Fresh, Ours, Steps, own_text
+from pgtask.worker.ours import PATIENCE, Fresh, Ours, Steps, explain, own_text
 from pgtask.worker.progress import Reporter
 from pgtask.worker.remote import Remote
 from pgtask.worker.run import PREFIX, Limits, Outcome, execute, readable, receive
@@ -289,41 +290,61 @@ class Worker:
         return None if self.leaving else word
 
     def _practise(self) -> None:
-        """Have the session plan what a Look asks for while nobody waits for it: what is due after all that is."""
+        """Have the session plan what a Look asks for while nobody waits for it."""
         self.practised = True
-        self._ask(Look(term=0, used=[], held=[], now=None, place=("infinity", 0)))
+        text = self.ours.encode(self.spec.store.text("find"))
+        with self._tried():
+            self.session.pipeline(self._asking("find", Step(text, only_prepare=True)).steps, timeout=PATIENCE)
+            self.session.pipeline(self._asking("plan", explain(self.session, text)).steps, timeout=PATIENCE)
 
     def _find(self, look: Look) -> Task | None:
         """Begin the row that is due, if there is one that may start, and tell the master what there is."""
-        found = self._ask(look)
-        if found is None:
-            self.channel.send(Found(row=None), patience=PATIENCE)
-            return None
-        task = Task.read(found) if found.get_value(0, 0) is not None else None
-        lane, seen, now, cost, place, next = ((found.get_value(0, column) or b"").decode() for column in range(24, 30))
-        row = [int(seen), 0, now, None, float(cost), place, -(1 << 63), float(next) if next else None]
+        found = self._ask(look) if time.monotonic() < look.by else None
+        task = Task.read(found) if found is not None and found.get_value(0, 0) is not None else None
         if task is None:
-            row += [None] * 7
-        else:
-            self._enter(look.term, int(lane), lowest_free(dict(look.used).get(int(lane), ())))
-            row += [task.id, task.attempt - 1, False, int(lane), task.max, 0, 0.0]
+            self.until = math.inf
+        row: list[Any] | None = None
+        if found is not None:
+            values = ((found.get_value(0, column) or b"").decode() for column in range(24, 30))
+            lane, seen, now, cost, place, next = values
+            row = [int(seen), 0, now, None, float(cost), place, -(1 << 63), float(next) if next else None]
+            if task is None:
+                row += [None] * 7
+            else:
+                self._enter(look.term, int(lane), lowest_free(dict(look.used).get(int(lane), ())))
+                row += [task.id, task.attempt - 1, False, int(lane), task.max, 0, 0.0]
         self.channel.send(Found(row=row), patience=PATIENCE)
         return task
 
     def _ask(self, look: Look) -> PGresult | None:
-        steps = self._opened()
         lanes = [lane for lane, numbers in look.used for _ in numbers]
         lists = (_numbers(lanes), self.ours.fresh.since, _numbers(look.held))
-        self.ours.task(steps, "find", look.now, *lists, *look.place, look.term, self.ours.fresh.mark)
+        steps = self._opened()
+        fences = (look.term, self.ours.fresh.mark, look.until)
+        self.ours.task(steps, "find", look.now, *lists, *look.place, *fences)
         steps.own("commit")
+        results: Sequence[PGresult] = ()
+        with self._tried():
+            results = self.session.pipeline(steps.steps, timeout=PATIENCE)
+        return results[steps.names.index("find")] if results else None
+
+    def _asking(self, name: str, step: Step) -> Steps:
+        steps = self._opened()
+        steps.add(name, step)
+        steps.own("commit")
+        return steps
+
+    @contextmanager
+    def _tried(self) -> Iterator[None]:
+        """What the master does himself if it fails here."""
         try:
-            return self.session.pipeline(steps.steps, timeout=PATIENCE)[steps.names.index("find")]
+            yield
         except StatementFailed as failure:
             if failure.code == "26000":
                 self.session.forget_statements()
             log.debug("look_failed", code=failure.code, error=str(failure))
             self.saved = True
-            return None
+            self.ours.rewind(save=True)
 
     def _drain(self) -> None:
         """Something came from an idle session: a notice, a changed parameter, or its end."""

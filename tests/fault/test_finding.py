@@ -5,8 +5,6 @@ import re
 from collections.abc import Callable
 from signal import SIGKILL
 
-import pytest
-
 from tests.fixtures.database import Database
 from tests.fixtures.locks import WAIT, falls_asleep, held, passes, runs_waiting, wait_runs
 from tests.fixtures.master import Master
@@ -71,22 +69,49 @@ def test_full_group_stays_full(database: Database, master: Start) -> None:
     assert one.logged("( WARNING | ERROR )(?!.*running_as_root)") == []
 
 
-@pytest.mark.parametrize("end", ["killed", "hangs", "hangs for a moment"])
-def test_worker_that_hangs_or_dies_before_it_looks_costs_nothing(database: Database, master: Start, end: str) -> None:
+def test_worker_that_dies_before_it_looks_costs_nothing(database: Database, master: Start) -> None:
     one = master("--linger", "1h", database.conninfo)
     one.may_log_errors = True
     worker = lingering(database, one)
     with frozen(worker):
         id = database.insert("SELECT 1", group="other", delete=False)
+        os.kill(worker, SIGKILL)
+        assert database.wait(id)["attempt"] == 1
+
+
+def test_worker_that_hangs_looks_no_more_when_others_have(database: Database, master: Start) -> None:
+    """The slots that it was told of are those of another time."""
+    one = master("--linger", "1h", database.conninfo)
+    worker = lingering(database, one)
+    with held(database):
+        with frozen(worker):
+            ids = [database.insert(WAIT, group="g", delete=False) for _ in range(2)]
+            wait_runs(database)
+        eventually(lambda: idle(worker))
         passes(0.3)
-        assert database.task(id)["state"] == "PLAN"  # type: ignore[index]
-        if end == "killed":
-            os.kill(worker, SIGKILL)
-        if end != "hangs for a moment":
-            assert database.wait(id)["attempt"] == 1
-    assert database.wait(id)["attempt"] == 1
-    if end == "hangs":
-        assert worker not in one.workers()
+        assert runs_waiting(database) == 1
+    assert [database.wait(id)["attempt"] for id in ids] == [1, 1]
+
+
+def test_worker_whose_begin_takes_too_long_is_ended(database: Database, master: Start) -> None:
+    """A trigger of the user's makes it wait; that was no run of the row."""
+    one = master("--linger", "1h", "--crashes", "0", database.conninfo)
+    one.may_log_errors = True
+    worker = lingering(database, one)
+    database.execute(
+        PAUSES.replace(
+            "pg_advisory_xact_lock_shared(7000)",
+            "set_config('lock_timeout', '0', true), pg_advisory_xact_lock_shared(7000)",
+        )
+    )
+    with held(database):
+        id = database.insert("SELECT 1", group="g", data="pauses", delete=False)
+        eventually(lambda: worker not in one.workers())
+        eventually(lambda: database.execute("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)])
+        other = database.insert("SELECT 1", group="other", delete=False)
+        assert database.wait(other)["state"] == "DONE"
+    row = database.wait(id)
+    assert (row["state"], row["attempt"]) == ("DONE", 1)
 
 
 def test_worker_that_dies_while_it_begins_holds_the_slot_until_its_session_is_gone(
@@ -122,19 +147,24 @@ def test_row_that_is_stopped_while_its_worker_begins_it(database: Database, mast
 
 
 def test_master_that_dies_while_its_worker_begins(database: Database, master: Start) -> None:
-    """The worker ends the run that it has begun; if nobody began it, the next master does."""
+    """The worker ends the run that it has begun, of which the next master knows; if nobody began it, that one does."""
+    alone = """SELECT count(*) FROM task WHERE state = 'WORK' AND id <> current_setting('pg_task.id')::bigint
+        AND pg_sleep(0.5) IS NOT NULL"""
     one = master("--linger", "1h", database.conninfo)
     lingering(database, one)
     database.execute(PAUSES)
     one.expect_exit = None
     with held(database):
-        id = database.insert("SELECT 1", group="g", data="pauses", delete=False)
+        id = database.insert(alone, group="g", data="pauses", delete=False)
         eventually(lambda: database.execute("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)])
+        second = database.insert(alone, group="g", delete=False)
         os.kill(one.pid, SIGKILL)
-        passes(0.2)
-    assert database.wait(id)["attempt"] == 1
-    master(database.conninfo)
-    assert database.task(id)["state"] == "DONE"  # type: ignore[index]
+        two = master(database.conninfo, wait=False)
+        passes(1.0)
+        assert {row["state"] for row in database.tasks("\"group\" = 'g'")} == {"PLAN"}
+    assert [database.wait(id)["attempt"] for id in (id, second)] == [1, 1]
+    two.wait_log(r"\bleading\b")
+    assert {row["output"] for row in database.tasks("\"group\" = 'g'")} == {"0"}, "two of them ran at once"
 
 
 def test_worker_of_an_old_session_gives_way_to_a_new_one(database: Database, master: Start) -> None:

@@ -129,17 +129,19 @@ def test_run_that_was_stopped_counts_to_its_end_although_the_master_hangs(databa
     assert last["start"] >= database.task(second)["stop"]
 
 
-def test_idle_worker_that_hangs_when_it_is_given_a_run_begins_it_later(database: Database, master: Start) -> None:
+def test_idle_worker_that_hangs_is_passed_over(database: Database, master: Start) -> None:
+    """What it is told to look for it does not begin later, when another one has."""
     one = master("--linger", "60s", database.conninfo, tables=1)
     database.wait(database.insert("SELECT 1", delete=False))
     [worker] = one.workers()
     eventually(lambda: one.title(worker).endswith("idle"))
+    falls_asleep(database)
     with frozen(worker):
-        id = database.insert("SELECT 1", delete=False)
-        database.wait(id, "TAKE")
-        other = database.wait(database.insert("SELECT 1", group="other", delete=False))
-    row = database.wait(id)
-    assert (row["state"], row["attempt"], other["state"]) == ("DONE", 1, "DONE")
+        rows = [database.wait(database.insert("SELECT 1", group=group, delete=False)) for group in ("group", "other")]
+    later = database.insert("SELECT 1", group="later", delete=False)
+    rows.append(database.wait(later))
+    assert {(row["state"], row["attempt"]) for row in rows} == {("DONE", 1)}
+    eventually(lambda: one.title(worker).endswith("idle"))
 
 
 def test_hung_master_is_replaced_and_woken_up_again_does_no_harm(
