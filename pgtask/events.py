@@ -217,8 +217,9 @@ SECTIONS = {
             "worker_killed",
             "error",
             "worker table",
-            "A worker did not end when the master stopped, and was killed; its task is put back.",
-            "Look at what the task does: it ignored cancel requests.",
+            "A worker did not end when the master stopped, or did not say what it had begun, and was killed."
+            " Its task is put back.",
+            "Look at what the task does: it ignored cancel requests; or at your triggers: one waits for something.",
         ),
         _event(
             "worker_unheard",
@@ -341,6 +342,12 @@ SECTIONS = {
             "table id code error",
             "A run could not be begun; it is tried again. Said once for each reason.",
             "Look for locks on the table, and triggers of yours.",
+        ),
+        _event(
+            "look_failed",
+            "debug",
+            "table code error",
+            "An idle worker could not begin what was due: the master took it.",
         ),
         _event("begin_recovered", "info", "table id", "A run was begun after `begin_failed`."),
         _event(

@@ -257,7 +257,7 @@ class Pool:
                 await asyncio.wait((answer,), timeout=LOOK_GAP)
         finally:
             if not (answer.done() or finding.over):
-                log.warning("worker_killed", worker=handle.pid, table=client.spec.label)
+                log.error("worker_killed", worker=handle.pid, table=client.spec.label)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(handle.pid, signal.SIGKILL)
         return answer.result() if answer.done() else None

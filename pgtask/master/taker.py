@@ -356,7 +356,7 @@ class Taker:
         )
 
         async def at_rest(backend: int | None) -> bool:
-            return bool((await self._term.session.one(self._store.text("at_rest"), backend, until))[0])
+            return bool((await self._term.session.one(self._store.text("resting"), backend, until))[0])
 
         row = await self._pool.find(self._client, look, lambda row: self._taken(row, held), at_rest)
         if self._mender.uncertain:

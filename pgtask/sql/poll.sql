@@ -228,7 +228,7 @@ FROM unnest($1::int[], $2::timestamptz[]) AS d (pid, start)
 JOIN pg_stat_get_activity(NULL) AS a ON a.pid = d.pid AND a.backend_start = d.start
 WHERE a.pid <> pg_backend_pid();
 
--- name: at_rest — is the session of a worker doing nothing, later than this moment? $1 its backend, $2 the moment
+-- name: resting — is the session of a worker doing nothing, later than this moment? $1 its backend, $2 the moment
 SELECT clock_timestamp() > $2::timestamptz AND EXISTS (SELECT FROM pg_stat_get_activity($1) AS a WHERE a.state = 'idle');
 
 -- name: unread — sessions of workers that have something to do, but whose server has said all it had to say and waits for

@@ -6,7 +6,7 @@ apart.
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,10 +99,13 @@ def test_next_row_that_a_trigger_refuses_or_swallows_leaves_the_run_done(base: S
             assert database.tasks(f"parent = {row['id']}") == []
 
 
-@pytest.mark.parametrize(("how", "state"), [(swallows, "TAKE"), (swallows, "WORK"), (raises, "WORK")])
-def test_task_that_a_trigger_keeps_from_starting_keeps_nobody_else(base: Served, how: Any, state: str) -> None:
+@pytest.mark.parametrize(("how", "states"), [(swallows, ("TAKE", "WORK")), (swallows, ("WORK",)), (raises, ("WORK",))])
+def test_task_that_a_trigger_keeps_from_starting_keeps_nobody_else(
+    base: Served, how: Any, states: Sequence[str]
+) -> None:
+    """A task that comes alone is begun without being taken first."""
     database = base.database
-    with trigger(database, "UPDATE", how(state)):
+    with trigger(database, "UPDATE", " ".join(map(how, states))):
         id = database.insert(EFFECT, group="odd", data="odd", delete=False)
         passes(0.3)
         others_run(base)
@@ -118,7 +121,7 @@ def test_task_that_a_trigger_keeps_from_starting_keeps_nobody_else(base: Served,
 def test_trigger_that_refuses_the_taking_is_said_once_and_stops_nothing_for_good(base: Served) -> None:
     """All groups are taken by one statement: while it is refused the table is down, and says why."""
     database = base.database
-    with trigger(database, "UPDATE", raises("TAKE")):
+    with trigger(database, "UPDATE", raises("TAKE") + raises("WORK")):
         id = database.insert(EFFECT, group="odd", data="odd", delete=False)
         base.master.wait_log("table_(down|unstable).*no TAKE today")
         is_calm(base)

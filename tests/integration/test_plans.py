@@ -42,6 +42,7 @@ BEGINNING = ("-infinity", -(2**63))
 STATEMENTS = (
     "take",
     "take_one",
+    "find",
     "glance",
     "next",
     "next_below",
@@ -85,6 +86,7 @@ class Table:
         install(database)
         database.execute("ALTER TABLE task DISABLE TRIGGER USER, SET (autovacuum_enabled = off)")
         session = database.connect(make_conninfo(**with_options(database.conninfo, SETTINGS)))
+        [(self.mark,)] = session.execute(self.store.text("mark").encode()).fetchall()
         self._cursor = psycopg.ClientCursor(session)
         for name in {*STATEMENTS, *QUICK}:
             session.execute(f"PREPARE hot_{name} AS {self.store.text(name)}".encode())
@@ -122,6 +124,7 @@ class Table:
             "glance": (1, [], 20, None, [full], "-infinity", []),
             # the moment when the first was due, and no other
             "take_one": (place[0], [full], "-infinity", [], *BEGINNING),
+            "find": (place[0], [full], "-infinity", [], *BEGINNING, 1, self.mark, "infinity"),
             "next": who,
             "next_below": who,
             "next_batch": (*who, 50),
