@@ -177,9 +177,9 @@ class Mender:
         """End the sessions of dead workers, and rescue their rows when those are really gone."""
         backends = [fate.backend for fate in self._dead]
         reasons = [fate.why for fate in self._dead]
-        # Of those that a stop kills together, one may end its session before we hear of its death.
-        # Nor does what one has begun that never said so: its input was not sent.
+        # What a worker has begun without a word was no run: it says so before it sends the input.
         harmless = [fate.backend for fate in self._dead if fate.interrupted or fate.finding]
+        # Of those that a stop kills together, one may end its session before we hear of its death.
         interrupted = [*harmless, *self._pool.killed(self._client)]
         felled = [fate.backend for fate in self._dead if fate.felled]
         since = [fate.since for fate in self._dead]

@@ -126,6 +126,7 @@ class Taker:
         self._term = term
         self.look_everywhere()
         self._pace = Pace(cheap=CHEAP)  # what happened meanwhile is seen at once
+        self._now = None  # it may be another server
 
     def look_everywhere(self) -> None:
         """What is due anywhere is to be seen by a take soon."""
@@ -179,7 +180,7 @@ class Taker:
             moments.append(self._expire_at)
         if self._backlog.place is not None and self._backlog.due(self.config.safety.total_seconds()):
             moments.append(self._pace.until)
-        if self._backlog.lanes:
+        if self._backlog.lanes and self._pool.capacity(self._client):  # else whoever makes room calls
             moments.append(self._named_pace.until)
         return moments
 
