@@ -131,7 +131,8 @@ class Mender:
     async def held(self, term: Term) -> dict[int, set[int]]:
         """The numbers of the slots in use, by lane: all of them, since nobody counts rows.
 
-        Ours are known: only this poller takes, and a worker stays in its slot. Rows that nobody began hold theirs
+        Ours are known: only this poller takes, or has a worker find a row and waits for the answer, and a worker stays
+        in its slot. Rows that nobody began hold theirs
         until they are released, and a dead worker's until its session is gone and the row rescued: the session may
         still be at work, or commit. What others run is known from before our first take: a term begins with a look at
         every row in TAKE or WORK. An old master's worker whose next row is committed after that look was in the same

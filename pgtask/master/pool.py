@@ -1,9 +1,9 @@
 """The master's workers: forks them, hands rows to them, lets them linger, makes room, sees them end.
 
 One pool serves all tables, so that `workers` bounds them all. A poller asks how many rows it may take (`capacity`),
-takes no more than that, and hands each to `assign`; it hears of everything that happens to its workers through
-`Client`. A worker that has nothing to do is kept for `linger` and then ended by closing its channel: only here, so
-that an ending can never cross an assignment.
+takes no more than that, and hands each to `assign`, or has an idle worker `find` the one that is due; it hears of
+everything that happens to its workers through `Client`. A worker that has nothing to do is kept for `linger` and then
+ended by closing its channel: only here, so that an ending can never cross an assignment.
 """
 
 import asyncio

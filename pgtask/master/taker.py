@@ -255,7 +255,7 @@ class Taker:
         if everywhere and first:
             self._backlog.set_out()
         lanes = self._backlog.lanes
-        rows = await self._look(capacity, held, now, quick=not (everywhere or glance), glance=glance)
+        rows = await self._look(lanes, capacity, held, now, quick=not (everywhere or glance), glance=glance)
         self._looked(started, rows)
         batch = self._batch(rows, held, started)
         walked, cost, *place = rows[0][3:7]
@@ -306,7 +306,7 @@ class Taker:
         return await self._term.session.rows(self._store.text("take"), *who, *where)
 
     async def _look(
-        self, capacity: int, held: dict[int, set[int]], now: Any, *, quick: bool, glance: bool
+        self, lanes: list[int], capacity: int, held: dict[int, set[int]], now: Any, *, quick: bool, glance: bool
     ) -> list[tuple[Any, ...]]:
         aside = quick or glance or self._walk_from is not None or self._backlog.place is not None
         if capacity and not aside and (rows := await self._look_for_one(held, now, BEGINNING)):
@@ -316,7 +316,7 @@ class Taker:
         if glance:
             return await self._term.session.rows(self._store.text("glance"), *who)
         place = (*self._place, self._looked_at) if quick else (*BEGINNING, None)
-        where = (self._walk_from, *place, self._backlog.lanes)
+        where = (self._walk_from, *place, lanes)
         return await self._term.session.rows(self._store.text("take"), *who, *where)
 
     async def _look_for_one(self, held: dict[int, set[int]], now: Any, place: Place) -> list[tuple[Any, ...]]:

@@ -117,13 +117,7 @@ WITH RECURSIVE instant AS MATERIALIZED (
     (SELECT max(lane) FROM walked HAVING count(lane) >= $3::int) AS walked,
     date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost,
     {place},
-    (
-        SELECT date_part('epoch', t.plan) - date_part('epoch', clock_timestamp())
-        FROM {task} AS t
-        WHERE t.state = 'PLAN' AND t.plan > (SELECT now FROM instant)
-        ORDER BY t.plan
-        LIMIT 1
-    ) AS next,
+    {coming} AS next,
     t.id, t.attempt, t.late, t.lane, t.max, t.count, t.live,
     (SELECT h.rows FROM hidden AS h) AS hidden, greatest(n.plan, i.now - interval '1 minute')::text AS recent,
     CASE WHEN n.plan > i.now - interval '1 minute' THEN n.id ELSE -9223372036854775808 END AS recent_id
@@ -176,7 +170,7 @@ WITH {one}, taken AS (
 SELECT s.due AS seen, 0::bigint AS waiting, i.now, NULL::bigint AS walked,
     date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost,
     (i.now - interval '1 second')::text AS place, -9223372036854775808 AS place_id,
-    {one_next} AS next,
+    {coming} AS next,
     t.id, t.attempt, false AS late, t.lane, t.max, t.count, t.live
 FROM instant AS i
 CROSS JOIN seen AS s

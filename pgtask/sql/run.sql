@@ -28,7 +28,7 @@ WITH {one}, led AS MATERIALIZED (
     RETURNING {row}, o.lane
 )
 SELECT t.*, s.due AS seen, to_jsonb(i.now) #>> '{}', extract(epoch FROM clock_timestamp() - statement_timestamp()) AS cost,
-    to_jsonb(i.now - interval '1 second') #>> '{}' AS place, {one_next}::numeric AS next
+    to_jsonb(i.now - interval '1 second') #>> '{}' AS place, {coming}::numeric AS next
 FROM instant AS i
 CROSS JOIN seen AS s
 LEFT JOIN begun AS t ON true;

@@ -191,7 +191,7 @@ instant AS MATERIALIZED (
     FOR NO KEY UPDATE OF t SKIP LOCKED
 )
 
--- name: one_next — seconds until the next moment that is planned after the instant
+-- name: coming — seconds until the next moment that is planned after the instant
 (
         SELECT date_part('epoch', t.plan) - date_part('epoch', clock_timestamp())
         FROM {task} AS t

@@ -1,11 +1,11 @@
 """A worker: a forked process with one session, that runs the tasks of a group one after another.
 
-Plain synchronous code: take what the master assigns, begin it, run it, finish it and take the group's next one in
-the same transaction (or several next ones, which share one: shared.py), until there is none. Where it can, the next
-one's input goes down while the server still commits (`_follow`). Then say "idle" and wait for the master's word or its
-end. It always waits on the session, the master and the deadline together. A worker never ends because it is idle: only
-the master ends it, by closing its end of the channel, so that an expiry cannot race with an assignment. If the master
-is gone, the run in hand is finished and recorded first.
+Plain synchronous code: take what the master assigns, or find the one task that it says is due, begin it, run it, finish
+it and take the group's next one in the same transaction (or several next ones, which share one: shared.py), until there
+is none. Where it can, the next one's input goes down while the server still commits (`_follow`). Then say "idle" and
+wait for the master's word or its end. It always waits on the session, the master and the deadline together. A worker
+never ends because it is idle: only the master ends it, by closing its end of the channel, so that an expiry cannot race
+with an assignment. If the master is gone, the run in hand is finished and recorded first.
 
 Exit status: 0 done, 1 the session was lost or could not be opened; anything else is a crash.
 """
@@ -14,8 +14,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -293,9 +292,12 @@ class Worker:
         """Have the session plan what a Look asks for while nobody waits for it."""
         self.practised = True
         text = self.ours.encode(self.spec.store.text("find"))
-        with self._tried():
-            self.session.pipeline(self._asking("find", Step(text, only_prepare=True)).steps, timeout=PATIENCE)
-            self.session.pipeline(self._asking("plan", explain(self.session, text)).steps, timeout=PATIENCE)
+        prepare = self._opened()
+        prepare.add("find", Step(text, only_prepare=True))
+        if self._tried(prepare):
+            plan = self._opened()
+            plan.add("plan", explain(self.session, text))
+            self._tried(plan)
 
     def _find(self, look: Look) -> Task | None:
         """Begin the row that is due, if there is one that may start, and tell the master what there is."""
@@ -322,29 +324,21 @@ class Worker:
         steps = self._opened()
         fences = (look.term, self.ours.fresh.mark, look.until)
         self.ours.task(steps, "find", look.now, *lists, *look.place, *fences)
-        steps.own("commit")
-        results: Sequence[PGresult] = ()
-        with self._tried():
-            results = self.session.pipeline(steps.steps, timeout=PATIENCE)
+        results = self._tried(steps)
         return results[steps.names.index("find")] if results else None
 
-    def _asking(self, name: str, step: Step) -> Steps:
-        steps = self._opened()
-        steps.add(name, step)
+    def _tried(self, steps: Steps) -> Sequence[PGresult]:
+        """The results, or none: what fails here the master does himself."""
         steps.own("commit")
-        return steps
-
-    @contextmanager
-    def _tried(self) -> Iterator[None]:
-        """What the master does himself if it fails here."""
         try:
-            yield
+            return self.session.pipeline(steps.steps, timeout=PATIENCE)
         except StatementFailed as failure:
             if failure.code == "26000":
                 self.session.forget_statements()
             log.debug("look_failed", code=failure.code, error=str(failure))
             self.saved = True
             self.ours.rewind(save=True)
+            return ()
 
     def _drain(self) -> None:
         """Something came from an idle session: a notice, a changed parameter, or its end."""
