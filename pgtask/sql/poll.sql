@@ -222,8 +222,11 @@ FROM unnest($1::int[], $2::timestamptz[]) AS d (pid, start)
 JOIN pg_stat_get_activity(NULL) AS a ON a.pid = d.pid AND a.backend_start = d.start
 WHERE a.pid <> pg_backend_pid();
 
--- name: resting — is the session of a worker doing nothing, later than this moment? $1 its backend, $2 the moment
-SELECT clock_timestamp() > $2::timestamptz AND EXISTS (SELECT FROM pg_stat_get_activity($1) AS a WHERE a.state = 'idle');
+-- name: resting — is the session of a worker doing nothing, later than this moment, and has it begun nothing? $1 its backend,
+-- $2 the moment
+SELECT clock_timestamp() > $2::timestamptz
+    AND EXISTS (SELECT FROM pg_stat_get_activity($1) AS a WHERE a.state = 'idle')
+    AND NOT EXISTS (SELECT FROM {task} AS t WHERE t.state = 'WORK' AND t.pid = $1::int);
 
 -- name: unread — sessions of workers that have something to do, but whose server has said all it had to say and waits for
 -- them, and since when; in the middle of a pipeline it calls that active. A remote task is run elsewhere meanwhile.

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from signal import SIGKILL
 
 from tests.fixtures.database import Database
@@ -132,6 +133,46 @@ def test_worker_that_dies_while_it_begins_holds_the_slot_until_its_session_is_go
         assert database.wait(other)["attempt"] == 1
     assert database.wait(id)["attempt"] in (1, 2)
     assert {row["state"] for row in database.tasks()} == {"DONE"}
+
+
+def test_nothing_is_taken_before_the_session_of_a_worker_that_died_is_gone(database: Database, master: Start) -> None:
+    """It may still begin the row of a group that has no other slot."""
+    one = master("--linger", "1h", database.conninfo)
+    one.may_log_errors = True
+    worker = lingering(database, one)
+    database.execute(PAUSES)
+    with held(database):
+        database.insert("SELECT 1", group="g", data="pauses", delete=False)
+        query = "SELECT pid FROM pg_locks WHERE NOT granted"
+        [(backend,)] = eventually(lambda: database.execute(query))
+        second = database.insert("SELECT 1", group="g", delete=False)
+        with frozen(backend):
+            os.kill(worker, SIGKILL)
+            passes(1.0)
+            assert database.task(second)["state"] == "PLAN"  # type: ignore[index]
+    eventually(lambda: {row["state"] for row in database.tasks()} == {"DONE"})
+
+
+def test_worker_that_hangs_when_it_has_begun_keeps_the_slot_until_it_is_ended(
+    database: Database, master: Start
+) -> None:
+    """Its session does nothing any more, but has committed; nobody has heard of it, and that was no run."""
+    one = master("--linger", "1h", "--crashes", "0", database.conninfo)
+    one.may_log_errors = True
+    worker = lingering(database, one)
+    database.execute(PAUSES)
+    with held(database):
+        first = database.insert("SELECT 1", group="g", data="pauses", delete=False)
+        eventually(lambda: database.execute("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)])
+        second = database.insert("SELECT 1", group="g", delete=False)
+        hung = ExitStack()
+        hung.enter_context(frozen(worker))
+    with hung:
+        database.wait(first, "WORK")
+        passes(1.0)
+        assert database.task(second)["state"] == "PLAN"  # type: ignore[index]
+        rows = [database.wait(id) for id in (first, second)]
+    assert [(row["state"], row["attempt"]) for row in rows] == [("DONE", 1), ("DONE", 1)]
 
 
 def test_row_that_is_stopped_while_its_worker_begins_it(database: Database, master: Start) -> None:

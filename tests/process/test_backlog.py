@@ -232,3 +232,27 @@ def test_what_is_due_in_the_full_group_is_not_read_for_others(
     passes(1.5)
     assert asleep(talkative)
     assert said(talkative)[len(before) :] == [], "nothing has happened"
+
+
+def test_row_that_is_set_back_to_an_old_plan_has_all_looked_at_at_once(
+    talkative: Database, master: Callable[..., Master], emptied: Callable[[Database], None]
+) -> None:
+    """It tells so itself; the walk through all groups would find it, later."""
+    emptied(talkative)
+    master("--safety", "1h", "--linger", "1ms", talkative.conninfo, tables=1)
+    id = talkative.insert("SELECT 1", group="other", active="1 day", delete=False)
+    starts(talkative, id)
+    talkative.execute("UPDATE task SET plan = plan - interval '1 hour' WHERE id = %s", [id])
+    fill(talkative)
+
+    def looked_everywhere_at_once() -> bool:
+        passes(1.1)
+        starts(talkative, talkative.insert("SELECT 1", group="more", delete=False))
+        passes(1.1)
+        falls_asleep(talkative)
+        before = len(said(talkative))
+        talkative.execute("UPDATE task SET state = 'PLAN' WHERE id = %s", [id])
+        starts(talkative, id)
+        return said(talkative)[before][1] == "'-infinity'"
+
+    eventually(looked_everywhere_at_once)
