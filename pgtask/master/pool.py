@@ -248,19 +248,24 @@ class Pool:
         deaf_at = loop.time() + DEAF
         try:
             await asyncio.wait((answer,), timeout=max(0.0, look.by - time.monotonic()))
-            while not answer.done():
+            while not answer.done() and loop.time() < deaf_at:
                 if await at_rest(handle.backend):
                     finding.over = True
                     return None
-                if loop.time() > deaf_at:
-                    break
                 await asyncio.wait((answer,), timeout=LOOK_GAP)
-        finally:
-            if not (answer.done() or finding.over):
-                log.error("worker_killed", worker=handle.pid, table=client.spec.label)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(handle.pid, signal.SIGKILL)
-        return answer.result() if answer.done() else None
+        except Exception:  # not when the master leaves at once: then the worker ends what it has begun
+            if not answer.done():
+                self._kill_finder(handle)
+            raise
+        if not answer.done():
+            self._kill_finder(handle)
+            return None
+        return answer.result()
+
+    def _kill_finder(self, handle: Handle) -> None:
+        log.error("worker_killed", worker=handle.pid, table=handle.client.spec.label)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(handle.pid, signal.SIGKILL)
 
     def finding(self, client: Client) -> bool:
         """Is there a worker of the client that may have begun what we know nothing of?"""

@@ -22,7 +22,7 @@ def test_second_master_stands_by_and_says_so(database: Database, master: Callabl
     assert f"pid={one.pid}" in two.logged("standing_by")[0]
     eventually(lambda: two.title() == "pgtask: master (1 table standing by, 0 workers)")
     database.wait(database.insert("SELECT 1", delete=False))
-    assert len(one.logged("worker_forked")) == 1
+    assert len(one.wait_log("worker_forked")) == 1
     assert two.logged("worker_forked|leading") == []
     assert len(two.logged("standing_by")) == 1
 
