@@ -98,7 +98,7 @@ def test_many_groups_with_one_task_each_need_no_more_workers_than_there_may_be(
         "INSERT INTO task (input, \"group\", delete) SELECT 'SELECT 1', n, false FROM generate_series(1, 200) AS n"
     )
     eventually(lambda: database.execute("SELECT count(*) FROM task WHERE state = 'DONE'") == [(200,)], timeout=40)
-    assert len(one.logged("worker_forked")) == 4
+    assert len(one.wait_log("worker_forked", 4)) == 4
     assert cpu_seconds(one.pid) - before < 200 * 0.006
 
 
