@@ -1,8 +1,8 @@
 """How soon a task starts: after its commit, and after the time it was planned for.
 
 The moments are the server's own. A client sends `BEGIN; INSERT; clock; COMMIT; clock` as one query, so the commit lies
-between two readings of the clock that are as far apart as the commit is long. Every latency counts from the earlier
-one: it has the commit's own time in it, and can only be too long.
+between two readings of the clock that are as far apart as the commit is long. A latency counts from the earlier
+one, if not said otherwise: it has the commit's own time in it, and can only be too long.
 """
 
 import contextlib
@@ -33,10 +33,11 @@ POINTS = 300
 
 @dataclass(kw_only=True)
 class Latencies:
-    """In milliseconds, of one run: until `start`, and until the input's first statement."""
+    """In milliseconds, of one run: until `start`, the input's first statement, and `after` the COMMIT until `start`."""
 
     start: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +83,9 @@ def pickup(course: Course) -> Outcome:
                     pooled.setdefault(f"bare, {case.name}", []).extend(reference.start)
     outcome.curves["latency"] = {name: thinned(values) for name, values in pooled.items()}
     outcome.note(
-        "Latencies count from just before COMMIT. The reference is a session that LISTENs and takes from a bare table, "
-        "with a fork where ours has no worker; its inserts fall between ours."
+        "Latencies count from just before COMMIT, whose own time is in them, but where its end is named. The reference "
+        "is a session that LISTENs and takes from a bare table, with a fork where ours has no worker; its inserts fall "
+        "between ours."
     )
     return outcome
 
@@ -105,8 +107,8 @@ class Lines:
 
 def _figures(outcome: Outcome, case: Case) -> Lines:
     against = "NOTIFY + take" + (" + fork" if case.fork else "")
-    parts = (("start", 0.5), ("start", 0.95), ("start", 0.99), ("first", 0.5), ("first", 0.99))
-    names = {"start": "start", "first": "first statement"}
+    parts = (("start", 0.5), ("start", 0.95), ("start", 0.99), ("first", 0.5), ("first", 0.99), ("after", 0.5))
+    names = {"start": "start", "first": "first statement", "after": "COMMIT's end to start"}
     lines = []
     for what, part in parts:
         first = (what, part) == ("start", 0.5)
@@ -136,9 +138,9 @@ def _measure(ground: Ground, case: Case, count: int, outcome: Outcome) -> tuple[
         begun = time.monotonic()
         for number in range(count):
             _until(begun + (number + 0.5) * GAP)
-            bare_commits.update(insert(client, "bare"))
+            bare_commits.update(commit(client, "bare"))
             _until(begun + (number + 1) * GAP)
-            commits.update(insert(client, "task"))
+            commits.update(commit(client, "task"))
         time.sleep(GAP)
         if loaded is not None:
             loaded()
@@ -152,6 +154,11 @@ def _measure(ground: Ground, case: Case, count: int, outcome: Outcome) -> tuple[
 
 def insert(client: psycopg.Connection[Any], table: str) -> dict[int, float]:
     """One task; its id, and the moment before its commit."""
+    return {key: before for key, (before, _) in commit(client, table).items()}
+
+
+def commit(client: psycopg.Connection[Any], table: str) -> dict[int, tuple[float, float]]:
+    """One task; its id, and the moments before and after its commit."""
     group = ("", "", " NOTIFY bare;") if table == "bare" else (', "group"', ", 'pickup'", "")
     cursor = client.execute(INSERT.format(table, *group).encode())
     values = []
@@ -160,7 +167,7 @@ def insert(client: psycopg.Connection[Any], table: str) -> dict[int, float]:
             values.append(cursor.fetchall()[0][0])
         if not cursor.nextset():
             break
-    return {int(values[0]): float(values[1])}
+    return {int(values[0]): (float(values[1]), float(values[2]))}
 
 
 @contextlib.contextmanager
@@ -181,12 +188,13 @@ def _load(ground: Ground, outcome: Outcome) -> Iterator[Any]:
         yield end
 
 
-def _since(commits: dict[int, float], moments: dict[int, Any]) -> Latencies:
+def _since(commits: dict[int, tuple[float, float]], moments: dict[int, Any]) -> Latencies:
     made = Latencies()
-    for key, commit in commits.items():
+    for key, (before, after) in commits.items():
         start, first = moments[key]
-        made.start.append((start - commit) * 1000)
-        made.first.append((first - commit) * 1000)
+        made.start.append((start - before) * 1000)
+        made.first.append((first - before) * 1000)
+        made.after.append((start - after) * 1000)
     return made
 
 

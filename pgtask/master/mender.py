@@ -96,7 +96,7 @@ class Mender:
     @property
     def uncertain(self) -> bool:
         """Is there one of a worker that was to begin whatever it finds? Nobody knows whose slot it may have taken."""
-        return self._pool.finding(self._client) or any(fate.finding for fate in self._dead)
+        return self._pool.looking(self._client) or any(fate.looking for fate in self._dead)
 
     def give_up(self) -> None:
         """The dead are the next master's business: we may or can do nothing about them."""
@@ -128,6 +128,11 @@ class Mender:
         if time.monotonic() >= self._listen_at:
             await self._listen_to_workers(term)
 
+    @property
+    def calm(self) -> bool:
+        """Is there nothing to mend, and nobody else's run, so that `slots` tells all that are in use?"""
+        return not (self._dead or self._unbegun or self._stopped or self._strangers)
+
     async def held(self, term: Term) -> dict[int, set[int]]:
         """The numbers of the slots in use, by lane: all of them, since nobody counts rows.
 
@@ -142,12 +147,17 @@ class Mender:
         """
         if self._strangers:
             await self._look_at_strangers(term)
+        slots = self.slots()
+        for _, _, lane, _ in self._strangers:
+            slots[lane].add(lowest_free(slots[lane]))
+        return slots
+
+    def slots(self) -> dict[int, set[int]]:
+        """Those of `held` that are ours."""
         dead = [fate.assigned for fate in self._dead if fate.assigned is not None]
         slots: dict[int, set[int]] = defaultdict(set)
         for taken in (*self._pool.assigned(self._client), *self._unbegun, *dead):
             slots[taken.lane].add(taken.slot)
-        for _, _, lane, _ in self._strangers:
-            slots[lane].add(lowest_free(slots[lane]))
         return slots
 
     async def release(self, term: Term) -> None:
@@ -179,7 +189,7 @@ class Mender:
         backends = [fate.backend for fate in self._dead]
         reasons = [fate.why for fate in self._dead]
         # What a worker has begun without a word was no run: it says so before it sends the input.
-        harmless = [fate.backend for fate in self._dead if fate.interrupted or fate.finding]
+        harmless = [fate.backend for fate in self._dead if fate.interrupted or fate.looking]
         # Of those that a stop kills together, one may end its session before we hear of its death.
         interrupted = [*harmless, *self._pool.killed(self._client)]
         felled = [fate.backend for fate in self._dead if fate.felled]

@@ -1,7 +1,7 @@
 """The master's workers: forks them, hands rows to them, lets them linger, makes room, sees them end.
 
 One pool serves all tables, so that `workers` bounds them all. A poller asks how many rows it may take (`capacity`),
-takes no more than that, and hands each to `assign`, or has an idle worker `find` the one that is due; it hears of
+takes no more than that, and hands each to `assign`, or has an idle worker `have_look`; it hears of
 everything that happens to its workers through `Client`. A worker that has nothing to do is kept for `linger` and then
 ended by closing its channel: only here, so that an ending can never cross an assignment.
 """
@@ -104,7 +104,7 @@ class Handle:
     asked: bool = False  # told to make room
     killed: bool = False  # by us, at the end of a stop
     linger: asyncio.TimerHandle | None = None
-    finding: "_Finding | None" = None  # it was told to look for itself
+    looking: "Looking | None" = None  # it was told to look for itself, and has not answered
     place: metrics.Place | None = None
 
     def admits(self, taken: Taken) -> bool:
@@ -127,7 +127,7 @@ class Fate:
     """How a worker of a client ended: its backend if it had one, since when, its unfinished assignment, and why.
 
     `interrupted`: by our stop, which must cost its run nothing. `felled`: by a crash of the server that another's
-    task may have caused. `finding`: it may have begun a row that nobody knows of.
+    task may have caused. `looking`: it may have begun a row that nobody knows of.
     """
 
     backend: int | None
@@ -138,7 +138,22 @@ class Fate:
     clean: bool
     interrupted: bool = False
     felled: bool = False
-    finding: bool = False
+    looking: bool = False
+
+
+@dataclass(kw_only=True)
+class Looking:
+    """A worker was asked to look: where its answer goes, what it then has, and how long it is kept if nothing.
+
+    It begins nothing later than `by` (time.monotonic()). `over`: nobody waits for it, since it was too late.
+    """
+
+    handle: Handle
+    answer: "asyncio.Future[list[Any] | None]"
+    made: Callable[[Sequence[Any]], Taken]
+    by: float
+    lingers_until: float | None
+    over: bool = False
 
 
 class Client(Protocol):
@@ -225,64 +240,65 @@ class Pool:
             self._next.append((client, taken))
             self._fork_next()
 
-    async def find(
-        self,
-        client: Client,
-        look: Look,
-        made: Callable[[Sequence[Any]], Taken],
-        at_rest: Callable[[int | None], Awaitable[bool]],
-    ) -> list[Any] | None:
+    def have_look(self, client: Client, look: Look, made: Callable[[Sequence[Any]], Taken]) -> "Looking | None":
         """Have an idle worker look for the single row that is due, and begin it; `made` tells what it then has.
 
-        None if there is nobody who can. One that does not answer is left alone when his session is `at_rest`, since
-        it is too late for what he was told; one whose session is not, and who still does not, is killed.
+        None if there is nobody who can. Whoever asks must `hear`.
         """
         handle = next((h for h in self.of(client) if h.state is State.IDLE), None)
         if handle is None or not handle.channel.send(look):
             return None
-        loop = asyncio.get_running_loop()
         until = None if handle.linger is None else handle.linger.when()
         self._engage(handle)
-        answer: asyncio.Future[list[Any] | None] = loop.create_future()
-        handle.finding = finding = _Finding(answer, made, until)
+        answer = asyncio.get_running_loop().create_future()
+        handle.looking = Looking(handle=handle, answer=answer, made=made, by=look.by, lingers_until=until)
+        return handle.looking
+
+    async def hear(self, looking: "Looking", at_rest: Callable[[int | None], Awaitable[bool]]) -> list[Any] | None:
+        """What the worker has found.
+
+        None if he does not answer and his session is `at_rest`, since it is too late for what he was told; one whose
+        session is not, and who still does not, is killed.
+        """
+        answer, loop = looking.answer, asyncio.get_running_loop()
         deaf_at = loop.time() + DEAF
         try:
-            await asyncio.wait((answer,), timeout=max(0.0, look.by - time.monotonic()))
+            await asyncio.wait((answer,), timeout=max(0.0, looking.by - time.monotonic()))
             while not answer.done() and loop.time() < deaf_at:
-                if await at_rest(handle.backend):
-                    finding.over = True
+                if await at_rest(looking.handle.backend):
+                    looking.over = True
                     return None
                 await asyncio.wait((answer,), timeout=LOOK_GAP)
         except Exception:  # not when the master leaves at once: then the worker ends what it has begun
             if not answer.done():
-                self._kill_finder(handle)
+                self._kill_looker(looking.handle)
             raise
         if not answer.done():
-            self._kill_finder(handle)
+            self._kill_looker(looking.handle)
             return None
         return answer.result()
 
-    def _kill_finder(self, handle: Handle) -> None:
+    def _kill_looker(self, handle: Handle) -> None:
         log.error("worker_killed", worker=handle.pid, table=handle.client.spec.label)
         with contextlib.suppress(ProcessLookupError):
             os.kill(handle.pid, signal.SIGKILL)
 
-    def finding(self, client: Client) -> bool:
+    def looking(self, client: Client) -> bool:
         """Is there a worker of the client that may have begun what we know nothing of?"""
-        return any(handle.finding is not None and not handle.finding.over for handle in self.of(client))
+        return any(handle.looking is not None and not handle.looking.over for handle in self.of(client))
 
     def _found(self, handle: Handle, row: list[Any] | None) -> None:
-        finding, handle.finding = handle.finding, None
-        assert finding is not None, "nobody has asked"
-        finding.answer.set_result(row)
+        looking, handle.looking = handle.looking, None
+        assert looking is not None, "nobody has asked"
+        looking.answer.set_result(row)
         if row is not None and row[ID] is not None:
-            handle.assigned = finding.made(row)
+            handle.assigned = looking.made(row)
             self._heed_hold(handle)
             return
         self._idle(handle)
-        if handle.linger is not None and finding.lingers_until is not None:  # that was no work
+        if handle.linger is not None and looking.lingers_until is not None:  # that was no work
             handle.linger.cancel()
-            handle.linger = asyncio.get_running_loop().call_at(finding.lingers_until, self._end, handle)
+            handle.linger = asyncio.get_running_loop().call_at(looking.lingers_until, self._end, handle)
 
     def want(self, client: Client, *, room: bool) -> None:
         """The client has due rows and no place for them: tell it when there is one.
@@ -610,8 +626,8 @@ class Pool:
         del self.handles[handle.pid]
         metrics.release(handle.place)
         clean = ended.status == 0
-        if handle.finding is not None and not handle.finding.answer.done():
-            handle.finding.answer.set_result(None)
+        if handle.looking is not None and not handle.looking.answer.done():
+            handle.looking.answer.set_result(None)
         if not clean:
             metrics.crashed(handle.client.spec.label)
         # One that took a session over may have found it dead, and none to be had in its place.
@@ -638,7 +654,7 @@ class Pool:
                 clean=clean,
                 interrupted=handle.killed,
                 felled=handle.lost is not None and handle.lost.felled,
-                finding=handle.finding is not None and not handle.finding.over,
+                looking=handle.looking is not None and not handle.looking.over,
             )
         )
         self._place_free()
@@ -665,19 +681,6 @@ class Pool:
             return
         pause.tries += 1
         pause.until = time.monotonic() + min(10.0, 0.1 * 2 ** min(pause.tries, 10)) * random.uniform(0.5, 1.0)
-
-
-@dataclass
-class _Finding:
-    """What a worker was told to look for: where its answer goes, what it then has, and how long it is kept if nothing.
-
-    `over`: nobody waits for it, since it was too late.
-    """
-
-    answer: "asyncio.Future[list[Any] | None]"
-    made: Callable[[Sequence[Any]], Taken]
-    lingers_until: float | None
-    over: bool = False
 
 
 @dataclass(kw_only=True)

@@ -48,6 +48,7 @@ class Sleeper:
         self._moments = moments
         self._wake = asyncio.Event()
         self._asleep = False  # we hold the lock that says so
+        self._still = False  # and there is nothing but to wait
         self._instant: Any = None  # when we got it, until everything was looked at since
         self._told = False  # a notification has come since
         self._found_at = 0.0  # when a look last found something (time.monotonic())
@@ -70,6 +71,8 @@ class Sleeper:
         if old:
             self._taker.look_everywhere()
         if self._asleep:
+            if self._still and not self._wake.is_set():
+                self._taker.look_ahead()
             self._told = True
             self._wake.set()
 
@@ -178,7 +181,11 @@ class Sleeper:
         """
         await self._taker.expire()
         since = time.monotonic()
-        await self.wait(self._seconds_left(batch.next, *self._taker.moments()))
+        self._still = True
+        try:
+            await self.wait(self._seconds_left(batch.next, *self._taker.moments()))
+        finally:
+            self._still = False
         if time.monotonic() - since > LONGEST_GAP:
             self._vain = 0
 

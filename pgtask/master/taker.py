@@ -18,7 +18,7 @@ from pgtask.config import TableConfig
 from pgtask.master.backlog import Backlog, Place
 from pgtask.master.holds import Holds
 from pgtask.master.mender import Mender, Term
-from pgtask.master.pool import Client, Pool, Taken
+from pgtask.master.pool import Client, Looking, Pool, Taken
 from pgtask.pace import Pace
 from pgtask.process import Look, lowest_free
 from pgtask.store import Store
@@ -76,6 +76,16 @@ class Batch:
     next: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A worker looks: with these slots in use, since `started` (time.monotonic()), nothing later than `until`."""
+
+    looking: Looking
+    held: dict[int, set[int]]
+    started: float
+    until: str
+
+
 class Uncertain(Exception):
     """A worker that was to begin what it finds has ended without a word."""
 
@@ -111,6 +121,8 @@ class Taker:
         self._filled = False  # did the last take find as many as there were workers for?
         self._found_behind = False  # has the last look behind the backlog found anything?
         self._begun = False  # by a worker, what the last take found
+        self._asked: Asked | None = None  # before the take whose look it is
+        self._may_ask = True  # nobody has looked for this take yet
         self._now: tuple[datetime, float] | None = None  # the server's clock, and ours (time.monotonic()) not later
         self._handed_at = 0.0  # when something was found last (time.monotonic())
         self._crowded = 0  # looks to come that are not for a single row
@@ -192,21 +204,8 @@ class Taker:
         """
         self._end_rests()
         self._begun = False
-        if self._mender.uncertain:
-            return self._soon(now)
-        held = await self._mender.held(self._term)
-        if self._holds.keys != self._known_holds:
-            self._known_holds = self._holds.keys
-            self.look_everywhere()
-            self._pace = Pace(cheap=CHEAP)
-        self._backlog.count(held)
-        capacity = min(self._pool.capacity(self._client), self.config.limit)
         try:
-            behind, batch = self._backlog.place, None
-            if behind is not None and not (self._found_behind and self._may_walk()):
-                batch = await self._take_behind(behind, capacity, held, now)
-            if batch is None:
-                batch = await self._take_anywhere(capacity, held, now, full=full)
+            batch, capacity = await self._take_asked() or await self._take(now, full=full)
         except Uncertain:
             return self._soon(now)
         self._filled = 0 < capacity <= len(batch.rows)
@@ -219,6 +218,42 @@ class Taker:
         if batch.left and not self._pool.capacity(self._client):  # again, behind those who have waited longer
             self._pool.want(self._client, room=batch.waiting)
         return batch
+
+    def look_ahead(self) -> None:
+        """Somebody has called while we sleep: have a worker look before the next take, whose look it is."""
+        settled = self._mender.calm and self._holds.keys == self._known_holds and not self._resting
+        everywhere = self._pace.ready and self._walk_from is None and self._backlog.place is None
+        if settled and everywhere and not (self.closed or self._crowded) and self._pool.capacity(self._client):
+            self._backlog.set_out()
+            self._asked = self._ask(self._mender.slots(), None, BEGINNING)
+
+    async def _take_asked(self) -> tuple[Batch, int] | None:
+        """What a worker has found who was asked before; and how many we could have taken."""
+        asked, self._asked = self._asked, None
+        self._may_ask = asked is None
+        rows = [] if asked is None else await self._hear(asked)
+        if asked is None or not rows:
+            return None
+        batch = self._seen(rows, asked.held, asked.started, [], everywhere=True, first=True)
+        return batch, min(self._pool.capacity(self._client) + len(batch.rows), self.config.limit)
+
+    async def _take(self, now: Any, *, full: bool) -> tuple[Batch, int]:
+        """What there is now; and how many we could have taken."""
+        if self._mender.uncertain:
+            raise Uncertain
+        held = await self._mender.held(self._term)
+        if self._holds.keys != self._known_holds:
+            self._known_holds = self._holds.keys
+            self.look_everywhere()
+            self._pace = Pace(cheap=CHEAP)
+        self._backlog.count(held)
+        capacity = min(self._pool.capacity(self._client), self.config.limit)
+        behind, batch = self._backlog.place, None
+        if behind is not None and not (self._found_behind and self._may_walk()):
+            batch = await self._take_behind(behind, capacity, held, now)
+        if batch is None:
+            batch = await self._take_anywhere(capacity, held, now, full=full)
+        return batch, capacity
 
     def _soon(self, now: Any) -> Batch:
         """Nothing may be taken, while nobody knows whose slot a worker has that was to begin what it finds."""
@@ -256,6 +291,22 @@ class Taker:
             self._backlog.set_out()
         lanes = self._backlog.lanes
         rows = await self._look(lanes, capacity, held, now, quick=not (everywhere or glance), glance=glance)
+        batch = self._seen(rows, held, started, lanes, everywhere=everywhere, first=first)
+        if glance:
+            self._pace.looked(rows[0][4], cheap=CHEAP if self._backlog.place is None else 0.0)
+        return replace(batch, more=batch.more or (glance and len(batch.rows) < capacity))
+
+    def _seen(
+        self,
+        rows: list[tuple[Any, ...]],
+        held: dict[int, set[int]],
+        started: float,
+        lanes: list[int],
+        *,
+        everywhere: bool,
+        first: bool,
+    ) -> Batch:
+        """What a look has shown, maybe a piece, and maybe the `first`, of one that goes everywhere."""
         self._looked(started, rows)
         batch = self._batch(rows, held, started)
         walked, cost, *place = rows[0][3:7]
@@ -266,16 +317,16 @@ class Taker:
         left = self._left or batch.left
         self._left = left and self._walk_from is not None
         taken = {one.lane for one in batch.rows}
+        behind = self._backlog.place is not None
         if everywhere:
             self._conclude(rows[0][TAKEN:], taken, left=left, first=first)
         self._backlog.looked(held, taken, lanes, left=batch.left)
         self._found_behind = False
         if (known := self._backlog.place is not None) is not behind:
             self._crowded = 0
-        if everywhere or glance:
+        if everywhere:
             self._pace.looked(cost, cheap=0.0 if known else CHEAP)
-        more = self.walking or (glance and len(batch.rows) < capacity)
-        return replace(batch, left=left, more=more)
+        return replace(batch, left=left, more=self.walking)
 
     def _conclude(self, seen: tuple[Any, ...], taken: Collection[int], *, left: bool, first: bool) -> None:
         """What a piece of a walk, maybe the `first`, says of the backlog of full groups."""
@@ -324,7 +375,8 @@ class Taker:
         if self._resting:
             return []
         if not self._crowded:
-            rows = await self._found(held, now, place) or await self._take_one(held, now, place)
+            asked = self._ask(held, now, place) if self._may_ask else None
+            rows = (asked is not None and await self._hear(asked)) or await self._take_one(held, now, place)
             if rows[0][0] == 0 or rows[0][8] is not None:
                 return rows
             self._crowded = CROWDED
@@ -335,16 +387,17 @@ class Taker:
         one = self._store.text("take_one")
         return await self._term.session.rows(one, now, _slots(held), self._term.since, self._holds.keys, *place)
 
-    async def _found(self, held: dict[int, set[int]], now: Any, place: Place) -> list[tuple[Any, ...]]:
-        """The same by an idle worker, who begins it at once. No answer if there is none, or it is not for him."""
-        alone = time.monotonic() - self._handed_at > max(ALONE, ALONE_GAPS * self.gap)
+    def _ask(self, held: dict[int, set[int]], now: Any, place: Place) -> Asked | None:
+        """Have an idle worker look for it, and begin it at once; None if there is none, or it is not for him."""
+        started = time.monotonic()
+        alone = started - self._handed_at > max(ALONE, ALONE_GAPS * self.gap)
         if (
             not (alone and self.config.wake and self._now)
             or len(held) > MOST_LANES
             or len(self._holds.keys) > MOST_LANES
         ):
-            return []
-        by = time.monotonic() + PROMPT
+            return None
+        by = started + PROMPT
         until = str(self._now[0] + timedelta(seconds=by - self._now[1]))
         look = Look(
             term=self._term.number,
@@ -355,11 +408,16 @@ class Taker:
             until=until,
             by=by,
         )
+        looking = self._pool.have_look(self._client, look, lambda row: self._taken(row, held))
+        return None if looking is None else Asked(looking=looking, held=held, started=started, until=until)
+
+    async def _hear(self, asked: Asked) -> list[tuple[Any, ...]]:
+        """What he has found, as a take answers; nothing if he cannot tell, or may not begin it. Raises Uncertain."""
 
         async def at_rest(backend: int | None) -> bool:
-            return bool((await self._term.session.one(self._store.text("resting"), backend, until))[0])
+            return bool((await self._term.session.one(self._store.text("resting"), backend, asked.until))[0])
 
-        row = await self._pool.find(self._client, look, lambda row: self._taken(row, held), at_rest)
+        row = await self._pool.hear(asked.looking, at_rest)
         if self._mender.uncertain:
             raise Uncertain
         if row is None or (row[0] and row[8] is None):

@@ -123,6 +123,23 @@ def test_worker_that_hangs_looks_no_more_when_others_have(database: Database, ma
     assert [database.wait(id)["attempt"] for id in ids] == [1, 1]
 
 
+def test_worker_that_was_told_in_another_term_begins_nothing(database: Database, master: Start) -> None:
+    """The master loses its session while it waits for the answer."""
+    one = master("--linger", "1h", database.conninfo)
+    one.may_log_errors = True
+    worker = lingering(database, one)
+    [(backend,)] = database.execute("SELECT backend FROM task_master")
+    with held(database):
+        with frozen(worker):
+            ids = [database.insert(WAIT, group="g", delete=False) for _ in range(2)]
+            database.admin_execute("SELECT pg_terminate_backend(%s)", [backend])
+            one.wait_log(r"\bleading\b", 2)
+            wait_runs(database)
+        passes(0.5)
+        assert runs_waiting(database) == 1
+    assert [database.wait(id)["attempt"] for id in ids] == [1, 1]
+
+
 def test_worker_whose_begin_takes_too_long_is_ended(database: Database, master: Start) -> None:
     """A trigger of the user's makes it wait; that was no run of the row."""
     with begun_alone(database, master, "--crashes", "0") as (one, worker, id, _):
