@@ -36,17 +36,24 @@ def lingering(database: Database, one: Master, **columns: object) -> int:
 
 @contextmanager
 def begun_alone(
-    database: Database, master: Start, *arguments: str, input: str = "SELECT 1"
+    database: Database, master: Start, *arguments: str, input: str = "SELECT 1", workers: int = 1
 ) -> Iterator[tuple[Master, int, int, ExitStack]]:
-    """A master whose only worker is beginning what it has found, until the block or the stack ends, and the row's id.
+    """A master with so many idle workers, the one that is beginning what it has found, until the block or the stack
+    ends, and the row's id.
 
     Where the worker was so slow that the master has taken the row, tried again by another master.
     """
     for _ in range(10):
         one = master("--linger", "1h", *arguments, database.conninfo)
         one.may_log_errors = True
-        worker = lingering(database, one)
+        with held(database):
+            for number in range(workers):
+                database.insert(WAIT, group=f"first {number}")
+            wait_runs(database, workers)
+        eventually(lambda: [idle(worker) for worker in one.workers()] == [True] * workers)
+        worker = int(re.findall(r" worker=(\d+)", one.wait_log("worker_forked", workers)[0])[0])
         database.execute(PAUSES)
+        falls_asleep(database)
         with ExitStack() as waits:
             waits.enter_context(held(database))
             id = database.insert(input, group="g", data="pauses", delete=False)
@@ -121,6 +128,34 @@ def test_worker_that_hangs_looks_no_more_when_others_have(database: Database, ma
         passes(0.3)
         assert runs_waiting(database) == 1
     assert [database.wait(id)["attempt"] for id in ids] == [1, 1]
+
+
+def test_nobody_else_is_asked_before_a_worker_has_answered(database: Database, master: Start) -> None:
+    """A notification that comes meanwhile does not have another worker look, who would find the slot free."""
+    with begun_alone(database, master, "--crashes", "0", workers=2) as (_, worker, first, waits):
+        with frozen(worker):
+            waits.close()
+            database.wait(first, "WORK")
+            second = database.insert("SELECT 1", group="g", delete=False)
+            passes(1.0)
+            assert database.task(second)["state"] == "PLAN"  # type: ignore[index]
+            rows = [database.wait(id) for id in (first, second)]
+    assert [(row["state"], row["attempt"]) for row in rows] == [("DONE", 1), ("DONE", 1)]
+
+
+def test_slot_of_a_run_that_another_master_has_left_is_known(database: Database, master: Start) -> None:
+    one = master(database.conninfo)
+    one.expect_exit = None
+    with held(database):
+        first = database.insert(WAIT, group="g", delete=False)
+        wait_runs(database)
+        os.kill(one.pid, SIGKILL)
+        two = master("--linger", "1h", "--safety", "1h", database.conninfo)
+        lingering(database, two)
+        second = database.insert("SELECT 1", group="g", delete=False)
+        passes(0.5)
+        assert database.task(second)["state"] == "PLAN"  # type: ignore[index]
+    assert [database.wait(id)["attempt"] for id in (first, second)] == [1, 1]
 
 
 def test_worker_that_was_told_in_another_term_begins_nothing(database: Database, master: Start) -> None:
