@@ -25,13 +25,15 @@ WHEN (NEW.state = 'WORK' AND OLD.state <> 'WORK' AND NEW.data = 'pauses') EXECUT
 BEGINNING = "SELECT count(*) FROM pg_locks WHERE NOT granted"
 
 
-def lingering(database: Database, one: Master, **columns: object) -> int:
-    """The pid of the only worker, idle, under a master that sleeps."""
-    database.wait(database.insert("SELECT 1", delete=False, group="first", **columns))
-    [worker] = eventually(lambda: one.workers())
-    eventually(lambda: idle(worker))
+def lingering(database: Database, one: Master, workers: int = 1) -> int:
+    """Under a master that sleeps so many idle workers, all it has; the pid of the first, who is asked to look."""
+    with held(database):
+        for number in range(workers):
+            database.insert(WAIT, group=f"first {number}")
+        wait_runs(database, workers)
+    eventually(lambda: [idle(worker) for worker in one.workers()] == [True] * workers)
     falls_asleep(database)
-    return int(worker)
+    return int(re.findall(r" worker=(\d+)", one.wait_log("worker_forked", workers)[0])[0])
 
 
 @contextmanager
@@ -46,14 +48,8 @@ def begun_alone(
     for _ in range(10):
         one = master("--linger", "1h", *arguments, database.conninfo)
         one.may_log_errors = True
-        with held(database):
-            for number in range(workers):
-                database.insert(WAIT, group=f"first {number}")
-            wait_runs(database, workers)
-        eventually(lambda: [idle(worker) for worker in one.workers()] == [True] * workers)
-        worker = int(re.findall(r" worker=(\d+)", one.wait_log("worker_forked", workers)[0])[0])
+        worker = lingering(database, one, workers)
         database.execute(PAUSES)
-        falls_asleep(database)
         with ExitStack() as waits:
             waits.enter_context(held(database))
             id = database.insert(input, group="g", data="pauses", delete=False)
@@ -132,14 +128,13 @@ def test_worker_that_hangs_looks_no_more_when_others_have(database: Database, ma
 
 def test_nobody_else_is_asked_before_a_worker_has_answered(database: Database, master: Start) -> None:
     """A notification that comes meanwhile does not have another worker look, who would find the slot free."""
-    with begun_alone(database, master, "--crashes", "0", workers=2) as (_, worker, first, waits):
-        with frozen(worker):
-            waits.close()
-            database.wait(first, "WORK")
-            second = database.insert("SELECT 1", group="g", delete=False)
-            passes(1.0)
-            assert database.task(second)["state"] == "PLAN"  # type: ignore[index]
-            rows = [database.wait(id) for id in (first, second)]
+    with begun_alone(database, master, "--crashes", "0", workers=2) as (_, worker, first, waits), frozen(worker):
+        waits.close()
+        database.wait(first, "WORK")
+        second = database.insert("SELECT 1", group="g", delete=False)
+        passes(1.0)
+        assert database.task(second)["state"] == "PLAN"  # type: ignore[index]
+        rows = [database.wait(id) for id in (first, second)]
     assert [(row["state"], row["attempt"]) for row in rows] == [("DONE", 1), ("DONE", 1)]
 
 
@@ -151,7 +146,9 @@ def test_slot_of_a_run_that_another_master_has_left_is_known(database: Database,
         wait_runs(database)
         os.kill(one.pid, SIGKILL)
         two = master("--linger", "1h", "--safety", "1h", database.conninfo)
-        lingering(database, two)
+        database.wait(database.insert("SELECT 1", group="other", delete=False))
+        eventually(lambda: [idle(worker) for worker in two.workers()] == [True])
+        falls_asleep(database)
         second = database.insert("SELECT 1", group="g", delete=False)
         passes(0.5)
         assert database.task(second)["state"] == "PLAN"  # type: ignore[index]
