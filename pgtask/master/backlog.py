@@ -4,7 +4,8 @@ A group that is full may have a million due rows, and they hide those of others.
 found nothing that may start, what is due from before a place in the order of due rows cannot start until a slot of its
 group becomes free, which we see. So the looks that follow start at that place, a second to a minute before the walk,
 and look at the groups where a slot has become free by name. A row that is planned anew for a moment before it tells so
-itself. One that is inserted so is found by walking on, piece by piece, in a twentieth of the time.
+itself. One that is inserted so is found by walking on, piece by piece, in a twentieth of the time: at once after a call
+for which nothing else was found, else once a second.
 """
 
 import time
@@ -12,6 +13,9 @@ from collections.abc import Iterable, Mapping, Sized
 
 MOST = 100
 """Lanes that are worth looking at by name."""
+
+CALM = 1.0
+"""Seconds from one walk to the next while something was found for every call."""
 
 Place = tuple[str, int]
 """In the order of due rows: plan and id."""
@@ -27,6 +31,9 @@ class Backlog:
         self._freed: set[int] = set()  # lanes with a free slot that were not found empty since it is
         self._used: dict[int, int] = {}  # slots in use after the last look, by lane
         self._stirred = False  # something may have become due since the walk began
+        self._answered = False  # a call has come since for which something was found
+        self.calls = 0
+        """Those since the walk began for which nothing was found."""
         self._walked_at = 0.0  # when it began (time.monotonic())
 
     @property
@@ -42,6 +49,16 @@ class Backlog:
     def stir(self) -> None:
         """There may be more that is due."""
         self._stirred = True
+
+    def call(self) -> None:
+        """Somebody says that there is more that is due."""
+        self.calls += 1
+
+    def answer(self, calls: int, found: int) -> None:
+        """A look has found so many rows; so many calls had come before it."""
+        answered = min(calls, found)
+        self.calls -= answered
+        self._answered = self._answered or answered > 0
 
     def free(self, lane: int) -> None:
         """A row of the lane may start that could not."""
@@ -65,13 +82,19 @@ class Backlog:
         if not left:
             self._freed -= set(lanes) - taken
 
-    def due(self, safety: float) -> bool:
-        """Is it time to walk again, or to go on with it? At least every so many seconds, whatever was heard."""
-        return self._stirred or self._since is not None or time.monotonic() - self._walked_at >= safety
+    def walk_at(self, safety: float) -> float:
+        """When it is time to walk again, or to go on with it (time.monotonic()).
+
+        At least every so many seconds, whatever was heard.
+        """
+        if self._stirred or self.calls or self._since is not None:
+            return 0.0
+        return self._walked_at + (min(CALM, safety) if self._answered else safety)
 
     def set_out(self) -> None:
         """A walk begins."""
-        self._stirred = False
+        self._stirred = self._answered = False
+        self.calls = 0
         self._walked_at = time.monotonic()
 
     def walked(self, recent: Place | None, *, first: bool, last: bool, hidden: bool) -> None:

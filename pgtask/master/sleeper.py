@@ -67,7 +67,7 @@ class Sleeper:
 
     def tell(self, *, old: bool = False) -> None:
         """A notification, of what we find by ourselves while we are awake, unless it is planned `old`."""
-        self._taker.stir()
+        self._taker.call()
         if old:
             self._taker.look_everywhere()
         if self._asleep:

@@ -149,6 +149,10 @@ class Taker:
         """Something has happened: there may be more that is due."""
         self._backlog.stir()
 
+    def call(self) -> None:
+        """Somebody says that there is."""
+        self._backlog.call()
+
     def rest(self, taken: Taken, *, ran: bool) -> None:
         """A run with a negative `max` has ended: its group's next such one waits that many milliseconds."""
         if taken.max < 0 and ran:
@@ -190,8 +194,8 @@ class Taker:
         moments = list(self._resting.values())
         if self._expired is not None:
             moments.append(self._expire_at)
-        if self._backlog.place is not None and self._backlog.due(self.config.safety.total_seconds()):
-            moments.append(self._pace.until)
+        if self._backlog.place is not None:
+            moments.append(max(self._pace.until, self._walk_at()))
         if self._backlog.lanes and self._pool.capacity(self._client):  # else whoever makes room calls
             moments.append(self._named_pace.until)
         return moments
@@ -262,18 +266,23 @@ class Taker:
 
     def _may_walk(self) -> bool:
         """Is it time to walk on through the full groups, behind whose backlog the takes look?"""
-        return self._pace.ready and self._backlog.due(self.config.safety.total_seconds())
+        return self._pace.ready and time.monotonic() >= self._walk_at()
+
+    def _walk_at(self) -> float:
+        return self._backlog.walk_at(self.config.safety.total_seconds())
 
     async def _take_behind(self, place: Place, capacity: int, held: dict[int, set[int]], now: Any) -> Batch | None:
         """What may start behind the backlog of full groups; None if there is nothing, and it is time to walk on."""
         started = time.monotonic()
         lanes = self._backlog.lanes if self._named_pace.ready else []
+        calls = self._backlog.calls
         rows = await self._look_behind(place, lanes, capacity, held, now)
         self._looked(started, rows)
         batch = self._batch(rows, held, started)
         if lanes:
             self._named_pace.looked(rows[0][4])
         self._backlog.looked(held, {one.lane for one in batch.rows}, lanes, left=batch.left)
+        self._backlog.answer(calls, len(batch.rows) + batch.late)
         self._found_behind = bool(batch.rows or batch.late or batch.left)
         if rows[0][TAKEN : TAKEN + 1] == (True,):  # so many are new that they hide others
             self.look_everywhere()

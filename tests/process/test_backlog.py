@@ -1,6 +1,7 @@
 """A group that is full, with more due rows than a look sees: nobody else waits for it, whatever becomes due and how."""
 
 import re
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -232,6 +233,26 @@ def test_what_is_due_in_the_full_group_is_not_read_for_others(
     passes(1.5)
     assert asleep(talkative)
     assert said(talkative)[len(before) :] == [], "nothing has happened"
+
+
+def test_it_is_read_once_a_second_while_something_is_found_for_every_call(
+    talkative: Database, master: Callable[..., Master], emptied: Callable[[Database], None]
+) -> None:
+    emptied(talkative)
+    master("--safety", "1h", "--linger", "1ms", talkative.conninfo, tables=1)
+    fill(talkative)
+
+    def seldom() -> bool:
+        passes(1.1)
+        falls_asleep(talkative)
+        since, before = time.monotonic(), len(said(talkative))
+        for number in range(12):
+            starts(talkative, talkative.insert("SELECT 1", group=f"other {number}", delete=False))
+            passes(0.1)
+        everywhere = [look for look in said(talkative)[before:] if look == ("take", "'-infinity'")]
+        return 0 < len(everywhere) <= 1 + time.monotonic() - since
+
+    eventually(seldom)
 
 
 def test_row_that_is_set_back_to_an_old_plan_has_all_looked_at_at_once(
