@@ -5,7 +5,7 @@ found nothing that may start, what is due from before a place in the order of du
 group becomes free, which we see. So the looks that follow start at that place, a second to a minute before the walk,
 and look at the groups where a slot has become free by name. A row that is planned anew for a moment before it tells so
 itself. One that is inserted so is found by walking on, piece by piece, in a twentieth of the time: at once after a call
-for which nothing else was found, else once a second.
+for which nothing else was found, else once a second after something has happened.
 """
 
 import time
@@ -15,7 +15,7 @@ MOST = 100
 """Lanes that are worth looking at by name."""
 
 CALM = 1.0
-"""Seconds from one walk to the next while something was found for every call."""
+"""Seconds from one walk to the next while something was found for every call, or nobody need call."""
 
 Place = tuple[str, int]
 """In the order of due rows: plan and id."""
@@ -31,7 +31,6 @@ class Backlog:
         self._freed: set[int] = set()  # lanes with a free slot that were not found empty since it is
         self._used: dict[int, int] = {}  # slots in use after the last look, by lane
         self._stirred = False  # something may have become due since the walk began
-        self._answered = False  # a call has come since for which something was found
         self.calls = 0
         """Those since the walk began for which nothing was found."""
         self._walked_at = 0.0  # when it began (time.monotonic())
@@ -47,7 +46,7 @@ class Backlog:
         self._freed.clear()
 
     def stir(self) -> None:
-        """There may be more that is due."""
+        """There may be more that is due, of which nobody need have told us."""
         self._stirred = True
 
     def call(self) -> None:
@@ -58,7 +57,7 @@ class Backlog:
         """A look has found so many rows; so many calls had come before it."""
         answered = min(calls, found)
         self.calls -= answered
-        self._answered = self._answered or answered > 0
+        self._stirred = self._stirred or answered > 0
 
     def free(self, lane: int) -> None:
         """A row of the lane may start that could not."""
@@ -87,13 +86,13 @@ class Backlog:
 
         At least every so many seconds, whatever was heard.
         """
-        if self._stirred or self.calls or self._since is not None:
+        if self.calls or self._since is not None:
             return 0.0
-        return self._walked_at + (min(CALM, safety) if self._answered else safety)
+        return self._walked_at + (min(CALM, safety) if self._stirred else safety)
 
     def set_out(self) -> None:
         """A walk begins."""
-        self._stirred = self._answered = False
+        self._stirred = False
         self.calls = 0
         self._walked_at = time.monotonic()
 

@@ -395,7 +395,7 @@ class Poller:
             self.wake()
         elif payload in ("wait", "ended"):
             (self._waiting.inserted if payload == "wait" else self._waiting.ended)()
-            self._taker.stir()  # a calendar may have begun before
+            self._taker.call()  # a calendar may have begun before
             self.wake()
         elif payload == "hold":
             self._holds.heard()

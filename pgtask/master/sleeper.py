@@ -95,6 +95,8 @@ class Sleeper:
         self._used, self._cpu = used - self._cpu, used
         if not self.config.wake or (self._instant is None and not self._taker.sure):
             await self._rise()
+        if not self._asleep:
+            self._taker.stir()
         begins = not self._taker.walking
         batch = await self._taker.take(self._instant, full=self._asleep)
         self._instant = batch.now if self._asleep and batch.more else None
@@ -170,7 +172,6 @@ class Sleeper:
     async def _rise(self) -> None:
         """From now on inserts cost no notification."""
         if self._asleep:
-            self._taker.stir()
             self._asleep, self._instant = False, None
             await self._session.one(self._store.text("unlock_asleep"), self._oid)
 

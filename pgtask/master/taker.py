@@ -146,7 +146,7 @@ class Taker:
         self._walk_from, self._left = None, False
 
     def stir(self) -> None:
-        """Something has happened: there may be more that is due."""
+        """There may be more that is due, of which nobody need have told us."""
         self._backlog.stir()
 
     def call(self) -> None:
