@@ -195,8 +195,8 @@ def test_interrupt_leaves_the_task_alone_and_says_how_to_stop_it(served: Databas
         eventually(lambda: looks(served, "pgtask submit"))
         os.kill(one.pid, signal.SIGINT)
         out, err = one.communicate(timeout=LONGEST)
-    assert (one.returncode, out) == (130, b"")
-    assert err == f"task {row['id']} goes on; to stop it: pgtask cancel {row['id']}\n".encode()
+    told = f"task {row['id']} goes on; to stop it: pgtask cancel {row['id']}\n".encode()
+    assert (one.returncode, out, err) == (130, b"", told)
     assert served.wait(row["id"])["state"] == "DONE"
 
 
