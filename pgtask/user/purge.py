@@ -62,7 +62,6 @@ def purge(where: Where, age: str, states: Sequence[str], dry_run: bool, as_json:
         try:
             _walk(session, table, age, states or ENDED, found, dry=dry_run, bar=not as_json)
         except KeyboardInterrupt:
-            session.close()  # it may be in the middle of a statement; the steps that have ended are committed
             _tell(found, dry=dry_run, as_json=as_json)
             return INTERRUPTED
     _tell(found, dry=dry_run, as_json=as_json)

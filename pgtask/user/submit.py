@@ -111,7 +111,6 @@ def submit(
             try:
                 ended, _ = ends.until_ended(look, [id])
             except KeyboardInterrupt:
-                session.close()  # it may be in the middle of a statement, and there is nothing to commit
                 click.echo(f"task {id} goes on; to stop it: pgtask cancel {id}", err=True)
                 return INTERRUPTED
             return ends.tell(look, ended, over=False, output=output, as_json=as_json)

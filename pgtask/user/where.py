@@ -6,7 +6,7 @@ Statements run with pg_catalog as the search_path, so that nobody's operators ta
 import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,7 +205,8 @@ def asking(table: config.TableConfig, needs: str = "SELECT", *, of: str | None =
         session = open_session(table, program())
     except Error as error:
         raise UserError(f"{table.label}: {one_line(error)}") from error
-    with session:
+    # Nothing is left to commit, and an interrupt may have come in the middle of a statement.
+    with closing(session):
         try:
             yield session
         except Error as error:
