@@ -62,13 +62,12 @@ class Run:
 class Look:
     """Master to worker: begin the one row that is due from a place (plan, id) on, in whatever group it is.
 
-    `used`: each lane with slots in use, and their numbers; `held`: the keys of groups that are held. Nothing may be
-    begun later than `until`, by the server's clock, or than `by` (time.monotonic(), the same for all processes).
+    `used`: each lane with slots in use, and their numbers. Nothing may be begun later than `until`, by the server's
+    clock, or than `by` (time.monotonic(), the same for all processes).
     """
 
     term: int
     used: list[tuple[int, list[int]]]
-    held: list[int]
     now: str | None
     place: tuple[str, int]
     until: str

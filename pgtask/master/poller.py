@@ -85,7 +85,7 @@ class Poller:
         self._telling = Telling(config)
         self._mender = Mender(self, pool, self._store, self._telling, config)
         self._waiting = Waiting(self, pool, self._store, self._telling, config)
-        self._holds = Holds(self, pool, self._store, config)
+        self._holds = Holds(self._store, config)
         self._reports = Reports(self, self._store)
         self._history = History(self._store, config)
         self._taker = Taker(self, pool, self._store, self._mender, self._holds, self._telling, config)

@@ -187,7 +187,6 @@ class Pool:
         self._waiting: dict[Client, float] = {}  # clients with due rows and no place for them, since when
         self._pauses: dict[Client, _Pause] = {}  # clients whose workers could not open a session
         self._reported: set[Client] = set()  # clients who hear what their workers have finished
-        self._held: dict[Client, frozenset[int]] = {}  # lanes in which nothing more is to be begun
 
     def of(self, client: Client) -> list[Handle]:
         return [h for h in self.handles.values() if h.client is client]
@@ -293,7 +292,6 @@ class Pool:
         looking.answer.set_result(row)
         if row is not None and row[ID] is not None:
             handle.assigned = looking.made(row)
-            self._heed_hold(handle)
             return
         self._idle(handle)
         if handle.linger is not None and looking.lingers_until is not None:  # that was no work
@@ -366,21 +364,6 @@ class Pool:
             for handle in self.of(client):
                 handle.channel.send(Report(on=on))
 
-    def hold(self, client: Client, lanes: frozenset[int]) -> None:
-        """Nothing more is begun in these lanes of the client, and no others: who runs there ends his run, and is idle.
-
-        So is who gets what was taken there before.
-        """
-        self._held[client] = lanes
-        self._ask_for_room((h for h in self.of(client) if self._in_held_lane(h)), now=True)
-
-    def _heed_hold(self, handle: Handle) -> None:
-        if self._in_held_lane(handle):
-            self._ask_for_room([handle], now=True)
-
-    def _in_held_lane(self, handle: Handle) -> bool:
-        return handle.assigned is not None and handle.assigned.lane in self._held.get(handle.client, ())
-
     def doubt(self, client: Client, backend: int) -> None:
         """The server has been waiting for a worker that waits for it: whose session that is, shall look again."""
         for handle in self.of(client):
@@ -425,7 +408,6 @@ class Pool:
         self.served(client)
         self._pauses.pop(client, None)
         self._reported.discard(client)
-        self._held.pop(client, None)
 
     def reconfigure(self, *, workers: int, spare: int, linger: timedelta) -> None:
         """Other bounds; busy workers are not touched, idle ones linger anew."""
@@ -466,7 +448,6 @@ class Pool:
             return False
         self._engage(handle)
         handle.assigned = taken
-        self._heed_hold(handle)
         return True
 
     def _engage(self, handle: Handle) -> None:
@@ -498,7 +479,6 @@ class Pool:
         asyncio.get_running_loop().add_reader(handle.channel.fileno(), self._heard, handle)
         metrics.forked(client.spec.label)
         log.debug("worker_forked", worker=handle.pid, table=client.spec.label, backend=handle.backend)
-        self._heed_hold(handle)
         if handle.backend is not None:
             self._opened(handle)
         self._changed()

@@ -28,7 +28,7 @@ LOOK = 200
 """Due rows, and groups, that one take looks at; a glance at fewer."""
 
 MOST_LANES = 100
-"""Groups with slots in use, or held, that a worker is told of: a message has an end."""
+"""Groups with slots in use that a worker is told of: a message has an end."""
 
 ALONE, ALONE_GAPS = 0.005, 2
 """A task comes alone, so that a worker may look for it, so many seconds, and gaps between looks, after others."""
@@ -116,7 +116,7 @@ class Taker:
         self._pace = Pace(cheap=CHEAP)
         self._backlog = Backlog()
         self._named_pace = Pace(cheap=CHEAP)  # of looks at lanes by name
-        self._known_holds: list[int] = []  # the groups that were held when the last take looked
+        self._known_holds = 0  # how often they had changed when the last take looked
         self._walk_from: int | None = None  # the lane where the next take goes on; None: from the first
         self._filled = False  # did the last take find as many as there were workers for?
         self._found_behind = False  # has the last look behind the backlog found anything?
@@ -225,7 +225,7 @@ class Taker:
 
     def look_ahead(self) -> None:
         """Somebody has called while we sleep: have a worker look before the next take, whose look it is."""
-        settled = self._mender.calm and self._holds.keys == self._known_holds and not self._resting
+        settled = self._mender.calm and self._holds.changes == self._known_holds and not self._resting
         everywhere = self._pace.ready and self._walk_from is None and self._backlog.place is None
         if settled and everywhere and not (self.closed or self._crowded) and self._pool.capacity(self._client):
             self._backlog.set_out()
@@ -246,8 +246,8 @@ class Taker:
         if self._mender.uncertain:
             raise Uncertain
         held = await self._mender.held(self._term)
-        if self._holds.keys != self._known_holds:
-            self._known_holds = self._holds.keys
+        if self._holds.changes != self._known_holds:
+            self._known_holds = self._holds.changes
             self.look_everywhere()
             self._pace = Pace(cheap=CHEAP)
         self._backlog.count(held)
@@ -361,7 +361,7 @@ class Taker:
     ) -> list[tuple[Any, ...]]:
         if capacity and not lanes and (rows := await self._look_for_one(held, now, place)):
             return rows
-        who = (capacity, list(self._resting), LOOK, now, _slots(held), self._term.since, self._holds.keys)
+        who = (capacity, list(self._resting), LOOK, now, _slots(held), self._term.since)
         where = (None, *place, self._looked_at, lanes)
         return await self._term.session.rows(self._store.text("take"), *who, *where)
 
@@ -372,7 +372,7 @@ class Taker:
         if capacity and not aside and (rows := await self._look_for_one(held, now, BEGINNING)):
             return rows
         most = min(LOOK, 10 + 10 * capacity) if glance else LOOK
-        who = (capacity, list(self._resting), most, now, _slots(held), self._term.since, self._holds.keys)
+        who = (capacity, list(self._resting), most, now, _slots(held), self._term.since)
         if glance:
             return await self._term.session.rows(self._store.text("glance"), *who)
         place = (*self._place, self._looked_at) if quick else (*BEGINNING, None)
@@ -394,24 +394,19 @@ class Taker:
 
     async def _take_one(self, held: dict[int, set[int]], now: Any, place: Place) -> list[tuple[Any, ...]]:
         one = self._store.text("take_one")
-        return await self._term.session.rows(one, now, _slots(held), self._term.since, self._holds.keys, *place)
+        return await self._term.session.rows(one, now, _slots(held), self._term.since, *place)
 
     def _ask(self, held: dict[int, set[int]], now: Any, place: Place) -> Asked | None:
         """Have an idle worker look for it, and begin it at once; None if there is none, or it is not for him."""
         started = time.monotonic()
         alone = started - self._handed_at > max(ALONE, ALONE_GAPS * self.gap)
-        if (
-            not (alone and self.config.wake and self._now)
-            or len(held) > MOST_LANES
-            or len(self._holds.keys) > MOST_LANES
-        ):
+        if not (alone and self.config.wake and self._now) or len(held) > MOST_LANES:
             return None
         by = started + PROMPT
         until = str(self._now[0] + timedelta(seconds=by - self._now[1]))
         look = Look(
             term=self._term.number,
             used=[(lane, list(numbers)) for lane, numbers in held.items() if numbers],
-            held=self._holds.keys,
             now=None if now is None else str(now),
             place=place,
             until=until,

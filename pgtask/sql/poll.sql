@@ -13,10 +13,8 @@ RETURNING m.term, m.backend_start::text;
 -- name: leader — who serves the table
 SELECT m.host, m.pid, m.backend, m.term FROM {master} AS m;
 
--- name: holds — the key of each group that is held, and the lanes in which rows of it run or are about to
-SELECT hashtextextended(h."group", 0),
-    ARRAY(SELECT DISTINCT {lane} FROM {task} AS t WHERE t.state IN ('TAKE', 'WORK') AND t."group" = h."group")
-FROM {held} AS h;
+-- name: holds — the groups that are held
+SELECT h."group" FROM {held} AS h;
 
 -- name: report — how far runs are that go on; what comes too late says nothing. Of each: $1 id, $2 attempt, $3 percent,
 -- $4 message
@@ -59,8 +57,8 @@ SELECT pg_advisory_unlock($1::oid::int, -1);
 -- unless the clock was set back since, or null,
 -- $5 the lanes of the slots in use, one for each: rows in TAKE and WORK are not counted, and so dead entries of the slot
 -- index not read, $6 when this backend started: the owner of a row is known by having started before it, also after the clock was set
--- back, $7 the keys of the groups that are held, $8 the lane to walk on from, or null, $9 $10 the plan and id of the place to
--- start from, $11 the instant of the last full look, for a quick one, or null, $12 lanes to look at whatever else there is
+-- back, $7 the lane to walk on from, or null, $8 $9 the plan and id of the place to start from, $10 the instant of the last full look,
+-- for a quick one, or null, $11 lanes to look at whatever else there is
 WITH RECURSIVE instant AS MATERIALIZED (
     SELECT least($4::timestamptz, clock_timestamp()) AS now
 ), held AS MATERIALIZED (
@@ -68,22 +66,22 @@ WITH RECURSIVE instant AS MATERIALIZED (
 ), head AS MATERIALIZED (
     SELECT {lane} AS lane, t."group", coalesce(t.remote, '') AS remote, t.max, t.plan, t.id
     FROM {task} AS t
-    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND (t.plan, t.id) >= ($9::timestamptz, $10::bigint)
+    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND (t.plan, t.id) >= ($8::timestamptz, $9::bigint)
     ORDER BY t.plan, t.id
     LIMIT $3::int
 ), place AS MATERIALIZED (
     SELECT h.plan, h.id FROM head AS h LIMIT 1
 ), hidden AS MATERIALIZED (
-    SELECT count(*) >= $3::int AS rows, count(*) >= $3::int AND $11::timestamptz IS NULL AS walk FROM head
+    SELECT count(*) >= $3::int AS rows, count(*) >= $3::int AND $10::timestamptz IS NULL AS walk FROM head
 ), tail AS MATERIALIZED (
     SELECT {lane} AS lane, t."group", coalesce(t.remote, '') AS remote, t.max, t.plan, t.id
     FROM {task} AS t
-    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND t.plan >= coalesce($11::timestamptz - interval '1 second', '-infinity')
+    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND t.plan >= coalesce($10::timestamptz - interval '1 second', '-infinity')
     ORDER BY t.plan DESC, t.id DESC
     LIMIT CASE WHEN (SELECT h.rows FROM hidden AS h) THEN $3::int ELSE 0 END
 ), walk (lane) AS (
     (SELECT {lane} FROM {task} AS t
-    WHERE t.state = 'PLAN' AND {lane} >= coalesce($8::bigint, -9223372036854775808)
+    WHERE t.state = 'PLAN' AND {lane} >= coalesce($7::bigint, -9223372036854775808)
     ORDER BY 1
     LIMIT CASE WHEN (SELECT h.walk FROM hidden AS h) THEN 1 ELSE 0 END)
     UNION ALL
@@ -93,7 +91,7 @@ WITH RECURSIVE instant AS MATERIALIZED (
 ), walked AS MATERIALIZED (
     SELECT w.lane FROM walk AS w LIMIT $3::int
 ), named AS MATERIALIZED (
-    SELECT unnest($12::bigint[]) AS lane
+    SELECT unnest($11::bigint[]) AS lane
 ), first AS MATERIALIZED (
     SELECT g.lane, f."group", f.remote, f.max, f.plan, f.id
     FROM (TABLE walked UNION TABLE named) AS g
@@ -128,7 +126,7 @@ LEFT JOIN taken AS t ON true
 ORDER BY t.plan, t.id;
 
 -- name: glance — the same at the earliest due rows only, where there are more of them than workers: other groups have not
--- waited as long. $1 to $7 as above
+-- waited as long. $1 to $6 as above
 WITH RECURSIVE instant AS MATERIALIZED (
     SELECT least($4::timestamptz, clock_timestamp()) AS now
 ), held AS MATERIALIZED (
@@ -158,8 +156,8 @@ ORDER BY t.plan, t.id;
 
 -- name: take_one — the same where not more than one row is due, and it may start: what the other statement has for more
 -- costs it more than the taking does. It answers likewise; where more rows are due than it has taken, that one must look.
--- $1 the instant or null, $2 the lanes of the slots in use, $3 when this backend started, $4 the keys of the
--- groups that are held, $5 $6 the plan and id of the place to start from
+-- $1 the instant or null, $2 the lanes of the slots in use, $3 when this backend started, $4 $5 the plan and id of the
+-- place to start from
 WITH {one}, taken AS (
     UPDATE {task} AS t
     SET state = 'TAKE', pid = pg_backend_pid(), start = greatest(clock_timestamp(), $3::timestamptz, t.plan)

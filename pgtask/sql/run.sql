@@ -13,10 +13,10 @@ RETURNING {row};
 
 -- name: find — begin the one row that is due, in whatever group: what take_one of poll.sql does, for whom the master has
 -- asked to look, and begin at once. Who begins the next term waits for us, so that he sees what we have begun. It answers as
--- that does, after the row, with what every DateStyle reads. $1 to $6 as there, $3 when our backend started, $7 term, $8 the
--- mark of the settings that our session began with, $9 when it is too late
+-- that does, after the row, with what every DateStyle reads. $1 to $5 as there, $3 when our backend started, $6 term, $7 the
+-- mark of the settings that our session began with, $8 when it is too late
 WITH {one}, led AS MATERIALIZED (
-    SELECT m.term FROM {master} AS m WHERE m.term = $7 FOR SHARE
+    SELECT m.term FROM {master} AS m WHERE m.term = $6 FOR SHARE
 ), begun AS (
     UPDATE {task} AS t
     {begin}, start = greatest(clock_timestamp(), $3::timestamptz, t.plan)
@@ -24,7 +24,7 @@ WITH {one}, led AS MATERIALIZED (
     WHERE t.id = o.id AND t.id = ANY (ARRAY(SELECT e.id FROM due AS e))
         -- The master knows whom else these admit.
         AND t.count = 0 AND t.live = interval '0'
-        AND EXISTS (SELECT FROM led) AND $8 = {mark} AND clock_timestamp() < $9::timestamptz
+        AND EXISTS (SELECT FROM led) AND $7 = {mark} AND clock_timestamp() < $8::timestamptz
     RETURNING {row}, o.lane
 )
 SELECT t.*, s.due AS seen, to_jsonb(i.now) #>> '{}', extract(epoch FROM clock_timestamp() - statement_timestamp()) AS cost,

@@ -61,9 +61,11 @@ SET state = 'WORK', pid = pg_backend_pid(), stop = NULL, output = NULL, attempt 
 -- name: moved — was the plan set anew while the row runs? A run never starts before its plan, whatever becomes of the clock
 ((t.plan > t.start) IS TRUE)
 
--- name: serving — may a worker take a row at all? $6 term; not if its task's snapshot is older than what others took
+-- name: serving — may a worker take a row of its group ($2) at all? $6 term; not if its task's snapshot is older than what
+-- others took, nor while somebody holds the group
 current_setting('transaction_isolation') = 'read committed'
         AND EXISTS (SELECT FROM {master} AS m WHERE m.term = $6)
+        AND NOT EXISTS (SELECT FROM {held} AS h WHERE h."group" = $2)
 
 -- name: running — those that run, as the index of slots in use has them: also who was stopped and has not ended yet
 (t.state IN ('TAKE', 'WORK') OR t.state = 'STOP' AND t.stop IS NULL AND t.pid IS NOT NULL)
@@ -107,6 +109,10 @@ FROM numbered AS n
 WHERE t.id = n.id AND t.id = ANY (ARRAY(SELECT d.id FROM due AS d)) AND (n.number = 1 AND n.admitted OR n.shares AND n.number <= n.batch)
 RETURNING {row}, n.number, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
 
+-- name: held_groups — a hash of the name of each group that is held, as this statement sees it: whoever sees a row that was
+-- inserted after its group was held, sees that too
+ARRAY(SELECT hashtextextended(h."group", 0) FROM {held} AS h)
+
 -- name: picked — how each take ends, of the rows that it has `looked` at: the groups with a free slot that nobody holds, the
 -- longest-waiting first; the first due rows of each, which need not be those, where `hidden` has others, from the place on,
 -- unless the lane is one of those `named`; and these taken
@@ -117,7 +123,7 @@ RETURNING {row}, n.number, date_part('epoch', clock_timestamp() - statement_time
     FROM looked AS d
     LEFT JOIN held AS s ON s.lane = d.lane
     WHERE greatest(d.max, 0) >= coalesce(s.used, 0) AND NOT (d.max < 0 AND d.lane = ANY ($2::bigint[]))
-        AND hashtextextended(d."group", 0) <> ALL ($7::bigint[])
+        AND hashtextextended(d."group", 0) <> ALL ({held_groups})
     GROUP BY 1, 2, 3, 4, 5
     ORDER BY min(d.plan)
 ), picked AS MATERIALIZED (
@@ -166,14 +172,14 @@ RETURNING {row}, n.number, date_part('epoch', clock_timestamp() - statement_time
     RETURNING t.id, t.attempt, p.late, p.lane, t.max, t.count, date_part('epoch', t.live) AS live, t.plan
 )
 
--- name: one — the one row that is due from the place ($5 $6) on, if it may start at the instant ($1, or now). $2 the lanes of
--- the slots in use, $4 the keys of the groups that are held
+-- name: one — the one row that is due from the place ($4 $5) on, if it may start at the instant ($1, or now). $2 the lanes of
+-- the slots in use
 instant AS MATERIALIZED (
     SELECT least($1::timestamptz, clock_timestamp()) AS now
 ), due AS MATERIALIZED (
     SELECT t.id, {lane} AS lane, t.max
     FROM {task} AS t
-    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND (t.plan, t.id) >= ($5::timestamptz, $6::bigint)
+    WHERE t.state = 'PLAN' AND t.plan <= (SELECT now FROM instant) AND (t.plan, t.id) >= ($4::timestamptz, $5::bigint)
     ORDER BY t.plan, t.id
     LIMIT 2
 ), seen AS MATERIALIZED (
@@ -184,7 +190,7 @@ instant AS MATERIALIZED (
     JOIN {task} AS t ON t.id = d.id AND t.id = ANY (ARRAY(SELECT e.id FROM due AS e)) AND t.state::text = 'PLAN'
     -- All of it of the row as it is when it is locked: it may have been changed since it was seen.
     WHERE t.plan <= (SELECT now FROM instant) AND {lane} = d.lane AND t.max = d.max
-        AND (SELECT s.due FROM seen AS s) = 1 AND hashtextextended(t."group", 0) <> ALL ($4::bigint[])
+        AND (SELECT s.due FROM seen AS s) = 1 AND hashtextextended(t."group", 0) <> ALL ({held_groups})
         AND d.max >= (SELECT count(*) FROM unnest($2::bigint[]) AS l (lane) WHERE l.lane = d.lane)
         AND (t.repeat <> interval '0' OR t.cron IS NOT NULL
             OR date_part('epoch', (SELECT now FROM instant)) - date_part('epoch', t.plan) <= date_part('epoch', t.active))

@@ -320,10 +320,9 @@ class Worker:
 
     def _ask(self, look: Look) -> PGresult | None:
         lanes = [lane for lane, numbers in look.used for _ in numbers]
-        lists = (_numbers(lanes), self.ours.fresh.since, _numbers(look.held))
         steps = self._opened()
         fences = (look.term, self.ours.fresh.mark, look.until)
-        self.ours.task(steps, "find", look.now, *lists, *look.place, *fences)
+        self.ours.task(steps, "find", look.now, _numbers(lanes), self.ours.fresh.since, *look.place, *fences)
         results = self._tried(steps)
         return results[steps.names.index("find")] if results else None
 

@@ -122,7 +122,7 @@ def test_second_look_before_the_sleep_takes_nothing_early_where_the_clock_was_se
     [[before]] = cursor.execute(b"SELECT clock_timestamp()").fetchall()
     take = Names(schema="public", table="task").store().text("take").encode()
     everywhere = (None, "-infinity", -(2**63), None, [])
-    rows = cursor.execute(take, [10, [], 10, before + hour, [], before, [], *everywhere]).fetchall()
+    rows = cursor.execute(take, [10, [], 10, before + hour, [], before, *everywhere]).fetchall()
     assert [(row[2] < before + hour, row[8]) for row in rows] == [(True, due)], "the instant, and the id"
 
 

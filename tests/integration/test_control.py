@@ -485,6 +485,47 @@ def test_held_group_ends_its_runs_and_begins_nothing_until_it_is_released(
     assert {database.wait(id)["state"] for id in (*waiting, alone)} == {"DONE"}
 
 
+@pytest.mark.parametrize("lingering", [True, False], ids=["lingering", "none"])
+def test_what_is_inserted_after_its_group_was_held_waits_even_if_the_master_has_not_heard_of_it(
+    database: Database, master: Callable[..., Master], lingering: bool
+) -> None:
+    """Taken by the master, or found by an idle worker: the hold is seen by whoever sees the row."""
+    master("--safety", "1h", "--linger", "1h" if lingering else "1ms", database.conninfo)
+    runs(database)
+    for number in range(5):
+        falls_asleep(database)
+        with database.connect(autocommit=False) as session:  # not by the function, which tells
+            session.execute('INSERT INTO task_held ("group") VALUES (%s)', [f"held {number}"])
+            session.execute("INSERT INTO task (\"group\", input) VALUES (%s, 'SELECT 1')", [f"held {number}"])
+        runs(database, group="beside")
+    assert len(database.tasks("state = 'PLAN'")) == 5
+    for number in range(5):
+        assert call(database.connect(), "task_release(%s)", f"held {number}") is True
+    eventually(lambda: not database.tasks("state IN ('PLAN', 'TAKE', 'WORK')"))
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_worker_takes_no_next_row_of_a_held_group_even_if_the_master_has_not_heard_of_it(
+    database: Database, master: Callable[..., Master], batch: int
+) -> None:
+    """Those that share the transaction of the one that holds it have begun."""
+    master("--safety", "1h", database.conninfo)
+    database.execute(
+        f"""INSERT INTO task (batch, input, "delete")
+        SELECT {batch},
+            CASE n WHEN 20 THEN 'INSERT INTO task_held ("group") VALUES (''group'')' ELSE 'SELECT 1' END, false
+        FROM generate_series(1, 50) AS n"""
+    )
+    eventually(lambda: database.execute("SELECT count(*) FROM task_held") == [(1,)])
+    runs(database, group="beside")
+    states = [task["state"] for task in database.tasks("\"group\" = 'group'")]
+    done = states.index("PLAN")
+    assert 20 <= done < 20 + batch
+    assert states == ["DONE"] * done + ["PLAN"] * (50 - done)
+    assert call(database.connect(), "task_release('group')") is True
+    eventually(lambda: not database.tasks("state <> 'DONE'"))
+
+
 def test_held_backlog_hides_no_other_group_and_lets_the_master_sleep(base: Served, heeded: Callable[..., None]) -> None:
     database = base.database
     heeded("task_hold('backlog')")

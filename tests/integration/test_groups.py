@@ -330,7 +330,7 @@ def test_glance_at_the_earliest_rows_takes_the_greatest_max_of_their_groups(data
     insert(database, 20, "SELECT 1", group="g", plan=ago(1, "h"))
     [greatest] = insert(database, 1, "SELECT 1", group="g", max=1)
     glance = Names(schema="public", table="task").store().text("glance").encode()
-    [row] = RawCursor(database.connect()).execute(glance, [1, [], 10, None, [], "2000-01-01", []]).fetchall()
+    [row] = RawCursor(database.connect()).execute(glance, [1, [], 10, None, [], "2000-01-01"]).fetchall()
     assert row[8] == greatest
 
 
@@ -355,7 +355,7 @@ def test_row_that_changes_while_it_is_seen_is_not_taken_as_it_was(database: Data
     answer: list[Any] = []
     with database.connect() as holder, database.connect() as taker:
         holder.execute("SELECT pg_advisory_lock(42)")
-        parameters = [None, [], "2000-01-01", [], "-infinity", -(2**63)]
+        parameters = [None, [], "2000-01-01", "-infinity", -(2**63)]
         thread = Thread(target=lambda: answer.extend(RawCursor(taker).execute(paused.encode(), parameters).fetchall()))
         thread.start()
         eventually(lambda: waiting(database))

@@ -120,11 +120,11 @@ class Table:
         since = (*place, "now") if quick else (*BEGINNING, None)
         who = ("-infinity", "g1", "", 0, 0.0, 1, g1, 0)
         known: dict[str, tuple[Any, ...]] = {
-            "take": (10, [], 200, None, [full], "-infinity", [], None, *since, []),
-            "glance": (1, [], 20, None, [full], "-infinity", []),
+            "take": (10, [], 200, None, [full], "-infinity", None, *since, []),
+            "glance": (1, [], 20, None, [full], "-infinity"),
             # the moment when the first was due, and no other
-            "take_one": (place[0], [full], "-infinity", [], *BEGINNING),
-            "find": (place[0], [full], "-infinity", [], *BEGINNING, 1, self.mark, "infinity"),
+            "take_one": (place[0], [full], "-infinity", *BEGINNING),
+            "find": (place[0], [full], "-infinity", *BEGINNING, 1, self.mark, "infinity"),
             "next": who,
             "next_below": who,
             "next_batch": (*who, 50),

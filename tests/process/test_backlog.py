@@ -202,9 +202,9 @@ def said(database: Database) -> list[tuple[str, str]]:
     for query, parameters in looks:
         given = dict(re.findall(r"\$(\d+) = ('[^']*'|NULL)", parameters))
         if "looked AS (" in query and "gone AS" not in query:
-            found.append(("take", given.get("9", "")))
+            found.append(("take", given.get("8", "")))
         elif "one AS MATERIALIZED" in query:
-            found.append(("take_one", given["5"]))
+            found.append(("take_one", given["4"]))
     return found
 
 

@@ -113,7 +113,7 @@ def test_plan_that_falls_between_the_instant_and_the_take_is_not_missed(database
         eventually(
             lambda: database.execute("SELECT plan < clock_timestamp() FROM task WHERE id = %s", [id]) == [(True,)]
         )
-        parameters = [10, [], 200, instant, [], "2000-01-01", [], None, *BEGINNING, None, []]
+        parameters = [10, [], 200, instant, [], "2000-01-01", None, *BEGINNING, None, []]
         [row] = cursor.execute(store.text("take").encode(), parameters).fetchall()
     seen, next, taken = row[0], row[7], row[8]
     assert (seen, taken) == (0, None)
