@@ -273,15 +273,16 @@ class Taker:
 
     async def _take_behind(self, place: Place, capacity: int, held: dict[int, set[int]], now: Any) -> Batch | None:
         """What may start behind the backlog of full groups; None if there is nothing, and it is time to walk on."""
+        named = self._backlog.lanes if self._named_pace.ready else []
+        lanes = await self._due_in(named, now)
         started = time.monotonic()
-        lanes = self._backlog.lanes if self._named_pace.ready else []
         calls = self._backlog.calls
         rows = await self._look_behind(place, lanes, capacity, held, now)
         self._looked(started, rows)
         batch = self._batch(rows, held, started)
         if lanes:
             self._named_pace.looked(rows[0][4])
-        self._backlog.looked(held, {one.lane for one in batch.rows}, lanes, left=batch.left)
+        self._backlog.looked(held, {one.lane for one in batch.rows}, named, left=batch.left)
         self._backlog.answer(calls, len(batch.rows) + batch.late)
         self._found_behind = bool(batch.rows or batch.late or batch.left)
         if rows[0][TAKEN : TAKEN + 1] == (True,):  # so many are new that they hide others
@@ -364,6 +365,11 @@ class Taker:
         who = (capacity, list(self._resting), LOOK, now, _slots(held), self._term.since)
         where = (None, *place, self._looked_at, lanes)
         return await self._term.session.rows(self._store.text("take"), *who, *where)
+
+    async def _due_in(self, lanes: list[int], now: Any) -> list[int]:
+        """Those in which something is due: a look at them by name costs more than to see that there is nothing."""
+        rows = await self._term.session.rows(self._store.text("due_in"), lanes, now) if lanes else []
+        return [lane for (lane,) in rows]
 
     async def _look(
         self, lanes: list[int], capacity: int, held: dict[int, set[int]], now: Any, *, quick: bool, glance: bool

@@ -174,6 +174,21 @@ FROM instant AS i
 CROSS JOIN seen AS s
 LEFT JOIN taken AS t ON true;
 
+-- name: due_in — those of the lanes in which something is due, be it that somebody has it locked. $1 the lanes, $2 the
+-- instant, or null
+SELECT g.lane
+FROM unnest($1::bigint[]) AS g (lane)
+CROSS JOIN LATERAL (
+    {levels}
+    SELECT FROM level AS l
+    CROSS JOIN LATERAL (
+        SELECT FROM {task} AS t
+        WHERE t.state = 'PLAN' AND {lane} = g.lane AND t.max = l.max AND t.plan <= least($2::timestamptz, statement_timestamp())
+        LIMIT 1
+    ) AS d
+    LIMIT 1
+) AS f;
+
 -- name: expire — rows that came too late while their group was full, of the due rows after a place in their order.
 -- Answers with how many there were and the place to go on from (null: the end). $1 rows looked at, $2 $3 the plan and
 -- id of the place

@@ -42,6 +42,7 @@ BEGINNING = ("-infinity", -(2**63))
 STATEMENTS = (
     "take",
     "take_one",
+    "due_in",
     "find",
     "glance",
     "next",
@@ -121,6 +122,7 @@ class Table:
         who = ("-infinity", "g1", "", 0, 0.0, 1, g1, 0)
         known: dict[str, tuple[Any, ...]] = {
             "take": (10, [], 200, None, [full], "-infinity", None, *since, []),
+            "due_in": ([full, g1], None),
             "glance": (1, [], 20, None, [full], "-infinity"),
             # the moment when the first was due, and no other
             "take_one": (place[0], [full], "-infinity", *BEGINNING),
