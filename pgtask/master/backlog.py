@@ -73,7 +73,8 @@ class Backlog:
                 self.free(lane)
 
     def looked(self, held: Mapping[int, Sized], taken: set[int], lanes: Iterable[int], *, left: bool) -> None:
-        """These slots are in use after it, those of some lanes by what it took; of the `lanes` it had the names.
+        """These slots are in use after it, those of some lanes by what it took; of the `lanes` it had the names,
+        or nothing was due in them.
 
         `left`: more may start than it took.
         """

@@ -23,12 +23,12 @@ class Holds:
         """How often something may have been held or released: what the takes remember of full groups is old then."""
         self._groups: set[str] = set()
         self._store = store
-        self._heard = False
         self._look_at = 0.0  # when the table is read again (time.monotonic()): a notification may not have come
 
     def heard(self) -> None:
         """Somebody says that a group was held or released."""
-        self._look_at, self._heard = 0.0, True
+        self._look_at = 0.0
+        self.changes += 1
 
     async def begin(self, term: Term) -> None:
         """What was held while we had no session."""
@@ -40,9 +40,7 @@ class Holds:
         if time.monotonic() < self._look_at:
             return
         self._look_at = time.monotonic() + self.config.safety.total_seconds()
-        heard, self._heard = self._heard, False
         before, self._groups = self._groups, {group for (group,) in await term.session.rows(self._store.text("holds"))}
         if self._groups != before:
             log.info("holds_changed", table=self.config.label, held=len(self._groups))
-        if heard or self._groups != before:
             self.changes += 1

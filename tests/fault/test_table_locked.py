@@ -38,6 +38,7 @@ class Hold:
 HOLDS = (
     Hold("access exclusive", "LOCK TABLE task IN ACCESS EXCLUSIVE MODE", inserts=False),
     Hold("share", "LOCK TABLE task IN SHARE MODE", inserts=False),
+    Hold("who is held", "LOCK TABLE task_held IN ACCESS EXCLUSIVE MODE", inserts=True),
     Hold("planned rows", "SELECT FROM task WHERE state = 'PLAN' FOR UPDATE", inserts=True),
     Hold("running rows", "SELECT FROM task WHERE state = 'WORK' FOR UPDATE", inserts=True),
 )
