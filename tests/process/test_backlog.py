@@ -157,10 +157,10 @@ def test_row_that_many_new_ones_of_the_full_group_hide_starts(full: Database) ->
     eventually(lambda: [row["state"] for row in full.tasks("\"group\" = 'other'")] == ["DONE"])
 
 
-def test_group_that_was_held_goes_on(full: Database) -> None:
+@pytest.mark.parametrize("plan", [sql.SQL("now()"), HOUR], ids=["new", "old"])
+def test_group_that_was_held_goes_on(full: Database, plan: sql.SQL) -> None:
     full.execute("SELECT task_hold('other')")
-    passes(0.2)
-    id = full.insert("SELECT 1", group="other", delete=False)
+    id = full.insert("SELECT 1", group="other", plan=plan, delete=False)
     passes(1.5)
     falls_asleep(full)
     full.execute("SELECT task_release('other')")
