@@ -47,53 +47,44 @@ SELECT {mark};
 -- the settings that it began with
 SELECT 1 / ($1 = {mark})::int;
 
--- name: next — the group's next task, in the slot that the finished one leaves: the group's first row, if it is due and
--- this worker may take it. $1 when our backend started, $2 group, $3 remote or '', $4 runs of this worker, $5 its age in
--- seconds, $6 term, $7 the key of the group that our slot is of, $8 the slot's number; negative max is the poller's
+-- name: next — the group's next task, in the slot that the finished one leaves. $1 when our backend started, $2 group,
+-- $3 remote or '', $4 runs of this worker, $5 its age in seconds, $6 term, $7 the key of the group that our slot is of, $8 the
+-- slot's number; negative max is the poller's
 WITH first AS MATERIALIZED (
-    SELECT t.id, {admitted} AS admitted
-    FROM {task} AS t
-    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {floor} AND {serving}
-    ORDER BY t.max DESC, t.plan, t.id
-    LIMIT 1
-    FOR NO KEY UPDATE SKIP LOCKED
+    {first}
 )
 {next};
 
--- name: next_below — the same where rows of a greater max are planned for later: the first due row of the greatest max
--- that has one
+-- name: next_below — the same where rows of a greater max are planned for later
 WITH first AS MATERIALIZED (
-    SELECT d.id, d.admitted
-    FROM (SELECT $7::bigint AS lane) AS g
-    CROSS JOIN LATERAL (
-        {levels}
-        SELECT l.max FROM level AS l WHERE l.max >= {floor} AND {serving}
-    ) AS l
-    CROSS JOIN LATERAL (
-        SELECT t.id, {admitted} AS admitted
-        FROM {task} AS t
-        WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max = l.max AND t.plan <= statement_timestamp()
-        ORDER BY t.plan, t.id
-        LIMIT 1
-        FOR NO KEY UPDATE SKIP LOCKED
-    ) AS d
-    LIMIT 1
+    {first_below}
 )
 {next};
 
--- name: next_after — a quick look, while those from the beginning are dear: the first row after the finished one, whose
--- $9 max, $10 plan and $11 id were, of the same max. Nor are the others counted, of whom those of a greater max may be
--- more than this one admits: there are never more runs than the greatest max admits, since each has a slot of its own
+-- name: next_after — the same while looks from the beginning are dear. $9 to $11 where the finished row was
 WITH first AS MATERIALIZED (
-    SELECT t.id, {admitted} AS admitted
-    FROM {task} AS t
-    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max = $9::int AND t.max >= $8::int
-        AND (t.plan, t.id) >= ($10::timestamptz, $11::bigint) AND {serving}
-    ORDER BY t.plan, t.id
-    LIMIT 1
-    FOR NO KEY UPDATE SKIP LOCKED
+    {first_after}
 )
 {next};
+
+-- name: look — the group's next task, while the end of the one before is not written yet: what `switch` will begin.
+-- Parameters as of next
+WITH first AS MATERIALIZED (
+    {first}
+)
+{looked};
+
+-- name: look_below
+WITH first AS MATERIALIZED (
+    {first_below}
+)
+{looked};
+
+-- name: look_after
+WITH first AS MATERIALIZED (
+    {first_after}
+)
+{looked};
 
 -- name: next_batch — the group's first rows, for one transaction that they share: at most $9
 WITH due AS MATERIALIZED (
@@ -153,6 +144,27 @@ WITH done AS (
     RETURNING t.id
 )
 SELECT 1 / count(*) FROM done;
+
+-- name: switch — the same, and the beginning of the row that `look` has locked, if it is still wanted: both at the same
+-- moment. Parameters as of finish, and $9 when our backend started, $10 whether it is wanted
+WITH looked AS MATERIALIZED (
+    SELECT nullif(current_setting('pgtask.looked', true), '')::bigint AS id WHERE $10::bool
+), turned AS (
+    UPDATE {task} AS t
+    SET state = CASE WHEN t.id = $1 THEN $3::{state} ELSE 'WORK' END,
+        pid = pg_backend_pid(),
+        attempt = CASE WHEN t.id = $1 THEN t.attempt ELSE least(t.attempt, 2147483646) + 1 END,
+        start = CASE WHEN t.id = $1 THEN t.start ELSE greatest(statement_timestamp(), $9::timestamptz, t.plan) END,
+        stop = CASE WHEN t.id = $1 THEN statement_timestamp() END,
+        output = CASE WHEN t.id = $1 THEN $4 END,
+        error = CASE WHEN t.id = $1 THEN $5 ELSE t.error END,
+        code = CASE WHEN t.id = $1 THEN $6 ELSE t.code END,
+        notice = CASE WHEN t.id = $1 THEN $7 ELSE t.notice END
+    WHERE t.id = ANY (ARRAY[$1, (SELECT l.id FROM looked AS l)])
+        AND (t.id <> $1 OR t.attempt = $2 AND t.state::text = 'WORK' AND t.pid = $8 AND t.plan <= t.start)
+    RETURNING CASE WHEN t.id <> $1 THEN {ours} + length(set_config('application_name', {name}, false)) END
+)
+SELECT 1 / (count(*) = 1 + (SELECT count(l.id) FROM looked AS l))::int FROM turned;
 
 -- name: remove — the same for a task that said nothing, has not run before, and is to be deleted. $1 id, $2 attempt,
 -- $3 backend

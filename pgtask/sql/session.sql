@@ -6,8 +6,11 @@ SET CONSTRAINTS ALL IMMEDIATE;
 -- name: savepoint — from here on the transaction's statements are ours
 SAVEPOINT pgtask;
 
--- name: begin — a transaction that tasks share, of the kind that their role has as default
+-- name: begin — a task's own transaction, or one that tasks share, of the kind that their role has as default
 BEGIN;
+
+-- name: encoding — what the run before it has said is in: the server tells of a change only when it waits for our word
+SHOW client_encoding;
 
 -- name: release — the savepoint's work stays
 RELEASE SAVEPOINT pgtask;

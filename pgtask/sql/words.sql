@@ -42,17 +42,23 @@ WITH RECURSIVE level (max) AS (
 (t.batch > 1 AND t.atomic AND NOT t.save AND t.remote IS NULL AND t.max >= 0 AND t.repeat = interval '0'
         AND t.cron IS NULL AND t.count = 0 AND t.live = interval '0')
 
--- name: row — what a worker needs of a row, in the order of Task.read (store.py), and whether it is ours: divides by zero
--- if a user's trigger has made another's of it, since its end could not be written. On the way the run's own settings
--- are made: each function that a statement names is looked up every time, and each column described
-t.id, t.attempt, t."group", t.remote, t.input, extract(epoch FROM t.timeout) AS timeout, t.max, to_jsonb(t.plan) #>> '{}' AS plan,
+-- name: read — what a worker needs of a row, in the order of Task.read (store.py), after its id and attempt
+t."group", t.remote, t.input, extract(epoch FROM t.timeout) AS timeout, t.max, to_jsonb(t.plan) #>> '{}' AS plan,
     t."delete", t.save, t.atomic, t.repeat <> interval '0' OR t.cron IS NOT NULL AS repeated, t.header, t.string, t.delimiter, t.escape, t.quote, t."null",
-    t.batch, t.count, t.live <> interval '0' AS aging,
-    1 / (t.state = 'WORK' AND t.pid = pg_backend_pid() AND num_nulls(
+    t.batch, t.count, t.live <> interval '0' AS aging
+
+-- name: name — what the session of a run is called: its application_name
+concat('pgtask ', {schema_text}, ' ', {table_text}, ' ', left(t."group", greatest(0, {room} - length(t.id::text))), ' ', t.id)
+
+-- name: ours — is the row this session's to run? Divides by zero if a user's trigger has made another's of it, since its
+-- end could not be written. On the way the run's own settings are made: each function that a statement names is looked up
+-- every time, and each column described
+1 / (t.state = 'WORK' AND t.pid = pg_backend_pid() AND num_nulls(
         set_config('pg_task.id', t.id::text, false), set_config('pg_task.group', t."group", false),
-        set_config('pg_task.schema', {schema_text}, false), set_config('pg_task.table', {table_text}, false)) = 0)::int AS ours,
-    set_config('application_name', concat('pgtask ', {schema_text}, ' ', {table_text}, ' ',
-        left(t."group", greatest(0, {room} - length(t.id::text))), ' ', t.id), false) AS name,
+        set_config('pg_task.schema', {schema_text}, false), set_config('pg_task.table', {table_text}, false)) = 0)::int
+
+-- name: row — a row that a worker has begun
+t.id, t.attempt, {read}, {ours} AS ours, set_config('application_name', {name}, false) AS name,
     CASE WHEN t.attempt = 1 AND t.depend IS NULL THEN date_part('epoch', t.start) - date_part('epoch', t.plan) END AS waited
 
 -- name: begin — what makes a row ours
@@ -71,9 +77,12 @@ current_setting('transaction_isolation') = 'read committed'
 (t.state IN ('TAKE', 'WORK') OR t.state = 'STOP' AND t.stop IS NULL AND t.pid IS NOT NULL)
 
 -- name: floor — the least max that a row in our slot may have: the slot's number ($8), and how many others of the group
--- ($7 its key) run. Of those that share a transaction one runs at a time: where they are counted apart, a row is left
--- to the poller
-greatest($8::int, (SELECT count(*) FROM {task} AS t WHERE {running} AND {lane} = $7::bigint))
+-- ($7 its key) run: not our own run, whose end may not be written yet. Of those that share a transaction one runs at a
+-- time: where they are counted apart, a row is left to the poller
+greatest($8::int, (
+            SELECT count(*) FROM {task} AS t
+            WHERE {running} AND {lane} = $7::bigint AND t.pid IS DISTINCT FROM pg_backend_pid()
+        ))
 
 -- name: shared_floor — the same, of runs that share a transaction only one
 greatest($8::int, (
@@ -89,7 +98,54 @@ t."group" = $2 AND coalesce(t.remote, '') = $3 AND t.plan <= statement_timestamp
             AND (t.repeat <> interval '0' OR t.cron IS NOT NULL
                 OR date_part('epoch', statement_timestamp()) - date_part('epoch', t.plan) <= date_part('epoch', t.active))
 
--- name: next — how each look for the group's next task ends; cost in seconds
+-- name: first — the group's first row, if it is due and this worker may take it
+SELECT t.id, {admitted} AS admitted
+    FROM {task} AS t
+    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {floor} AND {serving}
+    ORDER BY t.max DESC, t.plan, t.id
+    LIMIT 1
+    FOR NO KEY UPDATE SKIP LOCKED
+
+-- name: first_below — the same where rows of a greater max are planned for later: the first due row of the greatest max
+-- that has one
+SELECT d.id, d.admitted
+    FROM (SELECT $7::bigint AS lane) AS g
+    CROSS JOIN LATERAL (
+        {levels}
+        SELECT l.max FROM level AS l WHERE l.max >= {floor} AND {serving}
+    ) AS l
+    CROSS JOIN LATERAL (
+        SELECT t.id, {admitted} AS admitted
+        FROM {task} AS t
+        WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max = l.max AND t.plan <= statement_timestamp()
+        ORDER BY t.plan, t.id
+        LIMIT 1
+        FOR NO KEY UPDATE SKIP LOCKED
+    ) AS d
+    LIMIT 1
+
+-- name: first_after — a quick look, while those from the beginning are dear: the first row after our run's, whose $9 max,
+-- $10 plan and $11 id are, of the same max. Nor are the others counted, of whom those of a greater max may be more than this
+-- one admits: there are never more runs than the greatest max admits, since each has a slot of its own
+SELECT t.id, {admitted} AS admitted
+    FROM {task} AS t
+    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max = $9::int AND t.max >= $8::int
+        AND (t.plan, t.id) >= ($10::timestamptz, $11::bigint) AND {serving}
+    ORDER BY t.plan, t.id
+    LIMIT 1
+    FOR NO KEY UPDATE SKIP LOCKED
+
+-- name: looked — how a look for the group's next task ends that comes before the end of our run: the row stays locked, and
+-- `switch` finds its id in a setting, which our transaction forgets with its end. Cost in seconds
+SELECT t.id, least(t.attempt, 2147483646) + 1 AS attempt, {read},
+    set_config('pgtask.looked', t.id::text, true) AS looked, {name} AS name,
+    CASE WHEN t.attempt = 0 AND t.depend IS NULL
+        THEN date_part('epoch', greatest(statement_timestamp(), $1::timestamptz)) - date_part('epoch', t.plan) END AS waited,
+    date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
+FROM {task} AS t
+WHERE t.id = (SELECT f.id FROM first AS f WHERE f.admitted)
+
+-- name: next — how a look ends that begins the row; cost in seconds
 UPDATE {task} AS t
 {begin}, start = greatest(clock_timestamp(), $1::timestamptz, t.plan)
 WHERE t.id = (SELECT f.id FROM first AS f WHERE f.admitted)

@@ -3,11 +3,14 @@
 When the input left its transaction open, that is the transaction: the effect of a task and its being done commit
 together, in one round trip. Everything that a task may have done to its session is met here: our statements run
 behind a savepoint, with the role and settings put back; what fails there costs the task neither its work nor its
-result. The row is written only while it belongs to this run, or the work is undone. The next run may begin right
-behind the commit: only on a first try, where all that stands before it in the pipeline has succeeded.
+result. The row is written only while it belongs to this run, or the work is undone.
 
 `Finisher.finish` is a loop over attempts: each sends one pipeline, and each failure names the step that failed and
 so what to try next. It ends with the row finished, or with the knowledge that it is no longer ours.
+
+Where inputs go down in a stream (`open`), the server need not wait for us between them: behind each stands what its
+end begins with, a look for the next one included, and behind its end the next input. An end that fails there is
+tried again outside of it.
 """
 
 import json
@@ -27,7 +30,7 @@ from pgtask.output import Error, statement_line
 from pgtask.pace import Pace
 from pgtask.store import Task
 from pgtask.telling import Telling
-from pgtask.worker.ours import PATIENCE, PLAIN, Ours, Relay, Steps, array, param
+from pgtask.worker.ours import PATIENCE, PLAIN, TIDY, Ours, Steps, array, param
 from pgtask.worker.run import Outcome, read_error, transcode
 from pgtask.worker.session import SessionLost, StatementFailed, Step
 
@@ -46,8 +49,8 @@ CHEAP = 0.001
 NEXT = ("next", "next_below", "next_after", "next_batch", "next_batch_after")
 """Statements that take the group's next task."""
 
-ALONE = ("next", "next_below", "next_after")
-"""Those of them that take one, which runs by itself."""
+LOOK = ("look", "look_below", "look_after")
+"""Statements that find it before the run has been finished; `switch` takes what they have found."""
 
 LOST_CODES = ("40001", "40P01")
 REMOVING = ("remove", "remove_done")
@@ -90,7 +93,7 @@ class Want(NamedTuple):
     below: bool  # rows of a greater max are planned for later
     batch: int = 1  # how many that share a transaction
     mark: bytes | None = None  # of the settings, when it is time to see whether they have changed
-    follow: Callable[[Task], Sequence[Step]] | None = None  # what it begins with, to go down behind the commit
+    follow: Callable[[Task], bool] | None = None  # opens it behind the commit, if it may stand there
 
 
 class Finisher:
@@ -108,6 +111,36 @@ class Finisher:
         self.owner = ours.session.pid
         """The backend that began the run; another than the session's when that one had to be terminated."""
         self._pace = Pace(cheap=CHEAP)
+        self._opened = Steps()  # what stands behind the input in the stream
+        self._saved = False  # our savepoint is there: the stream has ended behind it
+
+    def open(self, task: Task, limit: Step | None, want: Want) -> None:
+        """Send a run's input, alone or behind the end of the one before, and behind it what its end begins with.
+
+        `limit`: what sets its timeout. The outcome is to be had by `run.receive`. Raises SessionLost.
+        """
+        steps = Steps()
+        if limit is not None:
+            steps.add("limit", limit._replace(plain=True))
+        steps.own("begin")
+        steps.add("input", Step(task.input, plain=True))
+        steps.own("encoding")
+        self._opened = Steps()
+        self._opened.own("constraints", "savepoint")
+        self._ours.add(self._opened, clean=True, sure=False)
+        self._add_look(self._opened, task, want, "look")
+        self.session.stream(steps.steps, self._opened.steps)
+
+    def break_off(self, outcome: Outcome) -> Outcome:
+        """End the stream behind an input that ended well; what stands behind that may have been cancelled in its place.
+
+        Raises SessionLost.
+        """
+        failure = self.session.end_stream(timeout=None)
+        self._saved = failure is None or self._opened.names[failure.step] not in ("constraints", "savepoint")
+        if failure is None or (self._saved and failure.code != "57014"):
+            return outcome
+        return outcome._replace(errors=(read_error(failure.result),))
 
     def verdict(self, task: Task, outcome: Outcome) -> Verdict:
         """DONE or FAIL, with every text in the server's encoding."""
@@ -133,27 +166,35 @@ class Finisher:
         """
         if outcome.output is not None and len(outcome.output) > LONGEST:
             outcome = _too_long(outcome)
-        inside = outcome.ok and self.session.in_transaction
-        return self._finish(task, self.verdict(task, outcome), want, inside=inside)
+        verdict = self.verdict(task, outcome)
+        if self.session.streams and silent(task, verdict):
+            outcome = self.break_off(outcome)
+            verdict = self.verdict(task, outcome)
+        saved, self._saved = self._saved and outcome.ok, False
+        inside = outcome.ok and (self.session.streams or saved or self.session.in_transaction)
+        return self._finish(_Attempt(task, verdict, want, inside=inside, copied=task.copied, again=saved))
 
     def skip(self, task: Task, want: Want) -> list[Task]:
         """End a row as one whose run was missed. Returns and raises as `finish` does."""
-        return self._finish(task, Verdict(state="GONE", error=MISSED), want, inside=False)
+        verdict = Verdict(state="GONE", error=MISSED)
+        return self._finish(_Attempt(task, verdict, want, inside=False, copied=task.copied))
 
-    def _finish(self, task: Task, verdict: Verdict, want: Want, *, inside: bool) -> list[Task]:
-        attempt = self._planned(_Attempt(task, verdict, want, inside=inside, copied=task.copied))
+    def _finish(self, attempt: "_Attempt") -> list[Task]:
+        attempt = self._planned(attempt)
+        task = attempt.task
         failures = 0
         while True:
-            steps = self._steps(attempt)
+            steps = self._switch(attempt) if self.session.streams else self._steps(attempt)
             try:
-                # What the task has deferred to its end may take as long as its timeout allows.
-                timeout = None if attempt.inside and not failures else PATIENCE
-                failed = [(task, attempt.verdict)] if attempt.verdict.state == "FAIL" else []
-                follow = attempt.want.follow if steps.names[-1] == "spotless" else None
-                following = self.committed(steps, failed, timeout=timeout, follow=follow)
+                if self.session.streams:
+                    following = self._switched(steps, attempt.want)
+                else:
+                    # What the task has deferred to its end may take as long as its timeout allows.
+                    timeout = None if attempt.inside and not failures else PATIENCE
+                    failed = [(task, attempt.verdict)] if attempt.verdict.state == "FAIL" else []
+                    following = self.committed(steps, failed, timeout=timeout)
             except StatementFailed as failure:
                 failures += 1
-                attempt = replace(attempt, want=attempt.want._replace(follow=None))
                 answer = self._failed(attempt, steps.names[failure.step], failure, failures)
                 if answer is None:
                     return []
@@ -164,35 +205,60 @@ class Finisher:
                 log.info("finish_recovered", id=task.id, tries=failures + 1)
             return following
 
-    def committed(
-        self,
-        steps: Steps,
-        failed: Sequence[tuple[Task, Verdict]],
-        *,
-        timeout: float | None,
-        follow: Callable[[Task], Sequence[Step]] | None = None,
-    ) -> list[Task]:
+    def _switch(self, attempt: "_Attempt") -> Steps:
+        """In a stream: what was opened, and behind that the end of the run, and the beginning of what it has found."""
+        task, verdict, want = attempt.task, attempt.verdict, attempt.want
+        texts = (verdict.output, verdict.error, verdict.code, verdict.notice)
+        steps = Steps()
+        steps.names += self._opened.names
+        steps.steps += self._opened.steps
+        end = (task.id, task.attempt, verdict.state, *texts, self.owner, self._ours.fresh.since, want.next)
+        self._ours.task(steps, "switch", *end)
+        self._ours.commit_and_tidy_up(steps)
+        return steps
+
+    def _switched(self, steps: Steps, want: Want) -> list[Task]:
+        """Send that, but for what went down with the input. Returns and raises as `committed` does.
+
+        The session still streams if the run of what was taken has been opened.
+        """
+        opened = self._opened.names
+        self.session.stream(steps.steps[len(opened) :])
+        try:
+            results = self.session.answer()
+        except StatementFailed:
+            self.session.end_stream(timeout=None)
+            raise
+        following: list[Task] = []
+        look = next((name for name in opened if name in LOOK), "")
+        if look and want.next:
+            following = self._taken(look, results[opened.index(look)])
+        goes_on = bool(following) and want.follow is not None and want.follow(following[0])
+        failure: StatementFailed | None = None
+        try:
+            if goes_on:
+                self.session.answer(timeout=PATIENCE)
+        except StatementFailed as failed:
+            failure = failed
+        if failure is not None or not goes_on:
+            failure = self.session.end_stream(timeout=PATIENCE) or failure
+        if failure is not None:
+            failure.step += len(opened)
+            if steps.names[failure.step] not in TIDY:
+                raise failure
+            self._ours.tidy_again(steps, failure)
+        return following
+
+    def committed(self, steps: Steps, failed: Sequence[tuple[Task, Verdict]], *, timeout: float | None) -> list[Task]:
         """Send what finishes runs, commits and tidies up. Returns the tasks that were taken.
 
-        `failed` are those that `settle` writes as such. What `follow` makes of the one that was taken runs behind the
-        commit: the session's `goes_on` says whether it does.
-
-        Raises StatementFailed when it is not committed, SessionLost when nobody knows.
+        `failed` are those that `settle` writes as such. Raises StatementFailed when it is not committed, SessionLost
+        when nobody knows.
         """
         sent = time.monotonic()
         step = next((name for name in steps.names if name in NEXT), "")
-        following: list[Task] = []
-
-        def read(result: PGresult) -> Sequence[Step]:
-            following.extend(self._taken(step, result))
-            return follow(following[0]) if follow is not None and following else ()
-
-        if step and follow is not None:
-            results = self._ours.commit(steps, timeout=timeout, relay=Relay(step, read))
-        else:
-            results = self._ours.commit(steps, timeout=timeout)
-            if step:
-                read(results[steps.names.index(step)])
+        results = self._ours.commit(steps, timeout=timeout)
+        following = self._taken(step, results[steps.names.index(step)]) if step else []
         if failed:
             self._tell(failed, results[steps.names.index("settle")])
         if not following and time.monotonic() - sent > SLOW:
@@ -264,11 +330,10 @@ class Finisher:
                 steps.own("rollback")
             steps.own("open", "constraints")
         self._ours.add(steps, clean=not task.save, sure=attempt.sure or task.save)
-        silent = task.delete and verdict.output is None and verdict.error is None
-        silent = silent and attempt.refused is None and not attempt.keep
+        removed = silent(task, verdict) and attempt.refused is None and not attempt.keep
         if attempt.settle or verdict.state == "FAIL":
             self.write(steps, "settle", [(*columns(task, verdict), None if attempt.last else task.plan)])
-        elif silent and attempt.copied is None:
+        elif removed and attempt.copied is None:
             self._ours.task(steps, "remove", task.id, task.attempt, self.owner)
         else:
             texts = (verdict.output, verdict.error, verdict.code, verdict.notice)
@@ -276,15 +341,11 @@ class Finisher:
         self._add_repeat(steps, attempt)
         if verdict.state == "GONE":
             self._ours.task(steps, "unbegun", task.id, task.attempt)
-        if silent and (attempt.settle or attempt.copied is not None):
+        if removed and (attempt.settle or attempt.copied is not None):
             self._ours.task(steps, "remove_done", task.id, task.attempt, self.owner)
         if attempt.refused is not None:
             self._ours.task(steps, "refused", task.id, task.attempt, attempt.refused)
         self.add_next(steps, task, attempt.want)
-        behind = attempt.want.follow is not None and steps.names[-1] in ALONE and not task.save
-        if behind and self._ours.relays:
-            self._ours.commit_and_tidy_up(steps)
-            return steps
         steps.own("commit")
         if not task.save:
             self._ours.tidy_up(steps)
@@ -296,6 +357,9 @@ class Finisher:
 
     def add_next(self, steps: Steps, task: Task, want: Want) -> None:
         """Add what takes the next of the group, after this task."""
+        self._add_look(steps, task, want, "next")
+
+    def _add_look(self, steps: Steps, task: Task, want: Want, look: str) -> None:
         if not want.next or task.max < 0:
             return
         if want.mark is not None:
@@ -308,11 +372,11 @@ class Finisher:
         elif want.batch > 1:
             self._ours.task(steps, "next_batch_after", *who, want.batch, *place)
         elif not self._pace.ready:
-            self._ours.task(steps, "next_after", *who, *place)
+            self._ours.task(steps, f"{look}_after", *who, *place)
         elif want.below:
-            self._ours.task(steps, "next_below", *who)
+            self._ours.task(steps, f"{look}_below", *who)
         else:
-            self._ours.task(steps, "next", *who)
+            self._ours.task(steps, look, *who)
 
     def _add_repeat(self, steps: Steps, attempt: "_Attempt") -> None:
         if attempt.copied is None or attempt.refused is not None:
@@ -372,7 +436,9 @@ class Finisher:
             return self._retry_failed(attempt, failure)
         if name == "repeat" and failure.code[:2] not in PASSING:
             return self._repeat_failed(attempt, failure)
-        if name in ("fresh", *NEXT):
+        if name == "switch":
+            return replace(attempt, again=True)  # something of either: in two statements it will be known of which
+        if name in ("fresh", *NEXT, *LOOK):
             # A trigger of the user's refuses that row, say: this run is finished without it.
             return replace(attempt, want=attempt.want._replace(next=False), again=True)
         if failure.code in ("22021", "22P05", "54000"):
@@ -529,6 +595,11 @@ def columns(
     """The end of a run as the statements take it that write several. Without `start` it is the row's own, without
     `stop` now."""
     return b"%d" % task.id, b"%d" % task.attempt, verdict.state.encode(), start, stop, *verdict[1:]
+
+
+def silent(task: Task, verdict: Verdict) -> bool:
+    """Is the row to be removed?"""
+    return task.delete and verdict.output is None and verdict.error is None
 
 
 def _too_long(outcome: Outcome) -> Outcome:

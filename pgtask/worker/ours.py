@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
 
 from psycopg.pq.abc import PGresult
 
@@ -45,7 +44,7 @@ TIDY = ("close", "unlisten", "sequences", "leftovers", "spotless", "temporary")
 CLEANUP = ("reset_role", "close", "unlisten", "unlock", "temporary", "sequences", "prepared")
 """What makes a session of ours as clean as a new one."""
 
-PLAIN = ("constraints", "savepoint", "rollback_to")
+PLAIN = ("begin", "encoding", "constraints", "savepoint", "rollback_to")
 """Steps on whose success the task's work hangs: they do not rely on prepared statements."""
 
 ONCE = ("facts", "since")
@@ -67,13 +66,6 @@ class Steps:
         """Statements without parameters of sql/session.sql."""
         self.names += names
         self.steps += map(_own, names)
-
-
-class Relay(NamedTuple):
-    """What goes down behind a commit: of the result of a `step`, whatever `follow` makes of that."""
-
-    step: str
-    follow: Callable[[PGresult], Sequence[Step]]
 
 
 @cache
@@ -190,10 +182,10 @@ class Ours:
         steps.add("turn", Step(own_text("turn"), (*settings, self.fresh.user, self.fresh.role, dropped)))
 
     @property
-    def relays(self) -> bool:
-        """May an input go down behind the clean-up, before it is known what else that takes?
+    def streams(self) -> bool:
+        """May inputs go down behind the clean-up, before it is known what else that takes?
 
-        Not while the task's encoding holds for us: the server tells of another only when it waits for the next word.
+        Not where a new session has another encoding than ours.
         """
         plain = self._spotless and not self._temporary
         return plain and self.session.parameter("client_encoding") == self.encoding
@@ -214,31 +206,30 @@ class Ours:
 
     # What is sent
 
-    def commit(self, steps: Steps, *, timeout: float | None, relay: Relay | None = None) -> Sequence[PGresult]:
+    def commit(self, steps: Steps, *, timeout: float | None) -> Sequence[PGresult]:
         """Send what commits and, maybe, tidies up. Returns at least the results of what stands before that.
 
-        With `relay`, and if the last step is "spotless", what that makes of the result of its step goes down behind.
         Raises StatementFailed when it is not committed, SessionLost when nobody knows.
         """
         try:
-            if relay is None:
-                results = self.session.pipeline(steps.steps, timeout=timeout)
-            else:
-                results = self.session.relay(steps.steps, steps.names.index(relay.step), relay.follow, timeout=timeout)
+            results = self.session.pipeline(steps.steps, timeout=timeout)
         except StatementFailed as failure:
-            name = steps.names[failure.step]
-            if name not in TIDY:
+            if steps.names[failure.step] not in TIDY:
                 raise
-            if name == "spotless":
-                self._spotless = False
-                self._look_over()
-            else:
-                self._unclean(steps, failure)
-                self.clean()
+            self.tidy_again(steps, failure)
             return failure.before
         if steps.names[-1] == "leftovers":
             self._clean_if_need_be(results[-1])
         return results
+
+    def tidy_again(self, steps: Steps, failure: StatementFailed) -> None:
+        """A step of TIDY has failed. Raises SessionLost where the session cannot be made like a new one."""
+        if steps.names[failure.step] == "spotless":
+            self._spotless = False
+            self._look_over()
+        else:
+            self._unclean(steps, failure)
+            self.clean()
 
     def _look_over(self) -> None:
         """Something is left in the session."""

@@ -16,7 +16,7 @@ from psycopg import NotSupportedError, pq
 from psycopg._encodings import pg2pyenc
 
 from pgtask.output import Error, Format, Output
-from pgtask.worker.session import Session
+from pgtask.worker.session import Session, StatementFailed
 
 PREFIX = b"BEGIN;"
 """Sent in the same query before an atomic input; error positions are reduced by its length."""
@@ -140,10 +140,11 @@ class Transcript:
             self.notices.append(text)
         self.size += len(text)
 
-    def outcome(self) -> Outcome:
+    def outcome(self, last: str = "") -> Outcome:
+        """What was said; `last`: the encoding at the end, if the session does not know it."""
         if self.size > NOTICES:
             self.notices.append(b"NOTICE:  more notices were left out")
-        self._recode(self.session.parameter("client_encoding"))
+        self._recode(last or self.session.parameter("client_encoding"))
         return Outcome(
             output=self.output.text,
             errors=tuple(self.errors),
@@ -194,16 +195,22 @@ def execute(
 def receive(
     session: Session, format: Format, *, limits: Limits, tick: Callable[[], None], heed: Heed = lambda *_: False
 ) -> Outcome:
-    """The same of an input that was sent behind the end of the run before, by `Session.relay`."""
+    """The same of an input that stands in the next part of a stream, before a step that asks for its encoding.
+
+    The stream has ended when the outcome is an error.
+    """
     transcript = Transcript(session=session, format=format, heed=heed)
     session.on_notice = transcript.notice
     try:
-        transcript.add(session.followed(watcher(session, limits, tick)))
-        if limits.tries:
-            session.settle()
+        *_, result, encoding = session.answer(tick=watcher(session, limits, tick))
+        transcript.add(result)
+        return transcript.outcome((encoding.get_value(0, 0) or b"").decode())
+    except StatementFailed as failure:
+        session.end_stream(timeout=None)
+        transcript.add(failure.result)
+        return transcript.outcome()
     finally:
         session.on_notice = None
-    return transcript.outcome()
 
 
 def watcher(session: Session, limits: Limits, tick: Callable[[], None]) -> Callable[[], float | None]:

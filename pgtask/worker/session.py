@@ -2,13 +2,14 @@
 
 Every wait goes through a `Waiter`, which also watches the master's channel, signals and a deadline. Three ways to
 talk: `query` sends a text by the simple protocol and hands over each result as it comes; `pipeline` sends several
-of our own prepared statements at once, for one round trip; `relay` does so and goes on behind them, and until
-`followed` has read that to its end nothing else may be asked. Nothing here knows what a task is.
+of our own prepared statements at once, for one round trip; `stream` sends some of them, and then more before it is
+known what became of those. Nothing here knows what a task is.
 """
 
 import os
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, Protocol
 
@@ -82,7 +83,9 @@ class Session:
         self.felled = False  # the server ended it because another session's backend had crashed
         self.on_notice: Callable[[pq.abc.PGresult], None] | None = None
         self._results: list[pq.abc.PGresult] = []
-        self._following: list[bytes | None] = []  # the answers that `followed` is to read
+        self.streams = False
+        """Is a pipeline going on that `stream` has begun? Then nothing else may be asked."""
+        self._parts: deque[list[bytes | None]] = deque()  # the answers that it still owes us
         pgconn.notice_handler = self._notice
 
     @classmethod
@@ -196,68 +199,55 @@ class Session:
         finally:
             self._listening = False
 
-    def relay(
-        self,
-        steps: Sequence[Step],
-        at: int,
-        follow: Callable[[pq.abc.PGresult], Sequence[Step]],
-        *,
-        timeout: float | None,
-    ) -> list[pq.abc.PGresult]:
-        """As `pipeline`, but `follow` is given the result of step `at` while the server is still at the others.
+    def stream(self, *parts: Sequence[Step]) -> None:
+        """Begin a pipeline, or go on with it. The server answers each part when it has done it: ask `answer` for each.
 
-        What it answers with goes down behind them, to run if they all succeed.
-
-        Then that is going on when this returns: `followed` must be the next thing that is asked for.
+        Where a statement fails, it skips all that comes behind, until `end_stream`. Raises SessionLost.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-
-        def tick() -> float | None:
-            return _left(deadline)
-
-        pgconn = self.pgconn
-        self._results = []
         try:
-            pgconn.enter_pipeline_mode()
-            first = self._queue(steps[: at + 1])
-            pgconn.send_flush_request()
-            rest = self._queue(steps[at + 1 :])
-            pgconn.send_flush_request()
-            self._flush(tick)
-            failed = self._read(first, tick)
-            behind = self._queue(follow(self._results[at]) if failed is None else ())
-            goes_on = bool(behind)
-            pgconn.pipeline_sync()
-            behind.append(None)
+            if not self.streams:
+                self.pgconn.enter_pipeline_mode()
+                self.streams = True
+            for part in parts:
+                self._parts.append(self._queue(part))
+                self.pgconn.send_flush_request()
         except OperationalError as error:
-            raise SessionLost(_words(pgconn)) from error
-        self._flush(tick)
-        failed = self._read(rest, tick, failed)
-        if goes_on and failed is None:
-            self._following = behind
-            return self._results
-        self._end_pipeline(self._read(behind, tick, failed))
+            raise SessionLost(_words(self.pgconn)) from error
+        self._flush(lambda: None)
+
+    def answer(
+        self, *, timeout: float | None = None, tick: Callable[[], float | None] | None = None
+    ) -> list[pq.abc.PGresult]:
+        """A result for each statement of the next part; as `pipeline`, but after an error the stream must be ended."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._results = []
+        self._listening = tick is not None
+        try:
+            failed = self._read(self._parts.popleft(), tick or (lambda: _left(deadline)))
+        finally:
+            self._listening = False
+        if failed is not None:
+            raise failed
         return self._results
 
-    @property
-    def goes_on(self) -> bool:
-        """Is something going on that `relay` has sent?"""
-        return bool(self._following)
-
-    def followed(self, tick: Callable[[], float | None]) -> pq.abc.PGresult:
-        """The end of what `relay` has sent behind: its last result, or the first error; `tick` as for `query`.
+    def end_stream(self, *, timeout: float | None) -> StatementFailed | None:
+        """Throw away what was not asked for. Returns the first failure in that: its `step` counts on over all parts.
 
         Raises SessionLost.
         """
-        behind, self._following = self._following, []
+        deadline = None if timeout is None else time.monotonic() + timeout
+        waiting = [sql for part in self._parts for sql in part]
+        self._parts.clear()
         self._results = []
-        self._listening = True
         try:
-            failed = self._read(behind, tick)
-        finally:
-            self._listening = False
+            self.pgconn.pipeline_sync()
+        except OperationalError as error:
+            raise SessionLost(_words(self.pgconn)) from error
+        self._flush(lambda: _left(deadline))
+        failed = self._read([*waiting, None], lambda: _left(deadline))
         self.pgconn.exit_pipeline_mode()
-        return self._results[-1] if failed is None else failed.result
+        self.streams = False
+        return failed
 
     def send_pipeline(self, steps: Sequence[Step]) -> list[bytes | None]:
         """Queue the statements and a sync; for each answer to come: the text prepared, b"" a run, None a sync."""
@@ -296,18 +286,15 @@ class Session:
     ) -> list[pq.abc.PGresult]:
         self._results = []
         self._flush(tick)
-        self._end_pipeline(self._read(waiting, tick))
-        return self._results
-
-    def _end_pipeline(self, failed: StatementFailed | None) -> None:
+        failed = self._read(waiting, tick)
         self.pgconn.exit_pipeline_mode()
         if failed is not None:
             raise failed
+        return self._results
 
-    def _read(
-        self, waiting: Sequence[bytes | None], tick: Callable[[], float | None], failed: StatementFailed | None = None
-    ) -> StatementFailed | None:
-        """Take in the answers. Returns the first failure, which may have `failed` before."""
+    def _read(self, waiting: Sequence[bytes | None], tick: Callable[[], float | None]) -> StatementFailed | None:
+        """Take in the answers. Returns the first failure."""
+        failed: StatementFailed | None = None
         results = self._results
         get = self.pgconn.get_result
         for sql in waiting:

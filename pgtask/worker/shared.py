@@ -17,7 +17,7 @@ from psycopg import pq
 
 from pgtask import metrics
 from pgtask.store import Task
-from pgtask.worker.finish import Finisher, Verdict, Want, columns
+from pgtask.worker.finish import Finisher, Want, columns, silent
 from pgtask.worker.ours import PATIENCE, Ours, Steps
 from pgtask.worker.progress import swallow
 from pgtask.worker.run import Limits, Outcome, Transcript, execute, watcher
@@ -95,8 +95,8 @@ class Shared:
         steps.own("reset", "constraints")
         steps.add("ours", self._ours.fresh.again)
         written = [(end, finisher.verdict(end.task, end.outcome)) for end in self.ends]
-        removed = [(b"%d" % end.task.id, b"%d" % end.task.attempt) for end, said in written if _silent(end.task, said)]
-        kept = [(end, verdict) for end, verdict in written if not _silent(end.task, verdict)]
+        removed = [(b"%d" % end.task.id, b"%d" % end.task.attempt) for end, said in written if silent(end.task, said)]
+        kept = [(end, verdict) for end, verdict in written if not silent(end.task, verdict)]
         good = [(end, verdict) for end, verdict in kept if verdict.state == "DONE"]
         bad = [(end, verdict) for end, verdict in kept if verdict.state == "FAIL"]
         if good:
@@ -189,8 +189,3 @@ class Shared:
         if self.ends and self.ends[-1].stop is None:
             self.ends[-1] = self.ends[-1]._replace(stop=start)
         self.ends.append(End(task, outcome, start))
-
-
-def _silent(task: Task, verdict: Verdict) -> bool:
-    """Is the row to be removed?"""
-    return task.delete and verdict.output is None and verdict.error is None

@@ -92,11 +92,11 @@ class Ways:
         return not _among(task, self._loners)
 
     def follows(self, task: Task) -> bool:
-        """May it be sent right behind the end of the run before, while that is being committed?
+        """May it stand in a stream of runs, sent before the end of the run before is known?
 
         Not what takes more than its input to begin: it runs once, whatever comes of it.
         """
-        plain = task.atomic and task.remote is None and not (task.save or task.repeated)
+        plain = task.atomic and task.remote is None and task.batch == 1 and not (task.save or task.repeated)
         if not plain or len(task.input) > SHORT or b";" in task.input.rstrip(b"; \t\r\n"):
             return False
         follows = FOLLOWS.match(task.input) is not None and not UNCERTAIN.search(task.input)

@@ -2,10 +2,10 @@
 
 Plain synchronous code: take what the master assigns, or find the one task that it says is due, begin it, run it, finish
 it and take the group's next one in the same transaction (or several next ones, which share one: shared.py), until there
-is none. Where it can, the next one's input goes down while the server still commits (`_follow`). Then say "idle" and
-wait for the master's word or its end. It always waits on the session, the master and the deadline together. A worker
-never ends because it is idle: only the master ends it, by closing its end of the channel, so that an expiry cannot race
-with an assignment. If the master is gone, the run in hand is finished and recorded first.
+is none. Where it can, the next one's input goes down before it is known what became of the one before (`_follow`).
+Then say "idle" and wait for the master's word or its end. It always waits on the session, the master and the deadline
+together. A worker never ends because it is idle: only the master ends it, by closing its end of the channel, so that an
+expiry cannot race with an assignment. If the master is gone, the run in hand is finished and recorded first.
 
 Exit status: 0 done, 1 the session was lost or could not be opened; anything else is a crash.
 """
@@ -14,7 +14,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -160,7 +160,6 @@ class Worker:
         self.leaving = False  # take nothing more at all
         self.interrupted = False  # cancel the run in hand and give it back
         self.ways = Ways()
-        self.relays = False  # is the run of a kind that may follow right behind another? Then so may the next one
         self.vain = 0  # assignments in a row that could not be begun
         self.refusal = ""  # why the last begin failed, "" when it did not
         self.reporter = Reporter(self.limits, spec.encoding, lambda percent, message: None)  # of the run that goes on
@@ -530,7 +529,6 @@ class Worker:
         self.reporter = Reporter(self.limits, self.spec.encoding, partial(self._tell, task))
         log.debug("run_begun", id=task.id, attempt=task.attempt, group=task.group)
         self.finisher.owner = self.session.pid
-        self.relays = self.session.goes_on or self.ways.follows(task)
         if task.repeated:
             task = self.finisher.ahead(task)
         if task.calendar is not None and task.calendar.skipped:
@@ -571,6 +569,8 @@ class Worker:
 
     def _end(self, task: Task, outcome: Outcome) -> list[Task]:
         cancelled = self.limits.cancelled
+        if cancelled and self.session.streams:
+            outcome = self.finisher.break_off(outcome)
         if cancelled == "stop":
             self.finisher.note_stop(task, outcome)
             return []
@@ -579,20 +579,23 @@ class Worker:
             return []
         if cancelled == "timeout" and outcome.code == "57014":
             outcome = _timed_out(task, outcome)
-        follow = self._follow if self.relays else None
-        return self.finisher.finish(task, outcome, self._want(also=bool(self.hand), batch=task.batch, follow=follow))
+        want = self._want(also=bool(self.hand), batch=task.batch, looks=not self.session.streams)
+        return self.finisher.finish(task, outcome, want._replace(follow=self._follow))
 
-    def _want(self, *, also: bool, batch: int, follow: Callable[[Task], Sequence[Step]] | None = None) -> Want:
-        """What of the group is wanted: nothing while there are others in hand `also`, at most `batch` together."""
+    def _want(self, *, also: bool, batch: int, looks: bool = True, ahead: int = 0) -> Want:
+        """What of the group is wanted: nothing while there are others in hand `also`, at most `batch` together.
+
+        `looks`: is it looked for with this? `ahead`: how many runs before it have not begun yet.
+        """
         late = time.monotonic() - self.until
         short = self.until > 0 and self.runs - self.turn < TURN and late < 2 * MOMENT
         next = not (self.leaving or also) and (late < 0 or short)
-        outdated = next and time.monotonic() - self.marked_at > OUTDATED
+        outdated = looks and next and time.monotonic() - self.marked_at > OUTDATED
         if outdated:
             self.marked_at = time.monotonic()
         return Want(
             next=next,
-            runs=self.runs,
+            runs=self.runs + ahead,
             age=time.monotonic() - self.born,
             term=self.term,
             lane=self.lane,
@@ -600,19 +603,28 @@ class Worker:
             below=time.monotonic() < self.below_until,
             batch=min(batch, max(1, int(self.spec.batch_time / max(self.each, SHORTEST)))),
             mark=self.ours.fresh.mark if outdated else None,
-            follow=follow,
         )
 
-    def _follow(self, task: Task) -> Sequence[Step]:
-        """What its run begins with, if it may follow."""
+    def _follow(self, task: Task) -> bool:
+        """Open its run behind the end of the one before, if it may stand there."""
         if self.leaving or not self.ways.follows(task):
-            return ()
-        steps = Steps()
-        if task.timeout_ms:
-            steps.add("timeout", self._timeout(task)._replace(plain=True))
-        steps.add("begin", Step(own_text("begin"), plain=True))
-        steps.add("input", Step(task.input, plain=True))
-        return steps.steps
+            return False
+        self._open_run(task, ahead=1)
+        return True
+
+    def _streams(self, task: Task) -> bool:
+        """Does its run stand in a stream? One begins where a task comes right after another: more may follow."""
+        if self.session.streams:
+            return True
+        if self.runs - self.turn < 2 or not self.ours.streams or not self.ways.follows(task):
+            return False
+        self._open_run(task, ahead=0)
+        return True
+
+    def _open_run(self, task: Task, ahead: int) -> None:
+        limit = self._timeout(task) if task.timeout_ms or self.limited else None
+        self.limited = False
+        self.finisher.open(task, limit, self._want(also=bool(self.hand), batch=1, ahead=ahead))
 
     def _execute_or_bury(self, task: Task) -> Outcome:
         """Run the input; where no cancel request helped, over the dead body of its backend."""
@@ -644,7 +656,7 @@ class Worker:
     def _execute(self, task: Task) -> Outcome:
         if task.remote is not None:
             return self.remote.execute(task, self.limits, self._tick_remote)
-        if self.session.goes_on:
+        if self._streams(task):
             outcome = receive(self.session, task.format, limits=self.limits, tick=self._tick, heed=self._heed)
         else:
             self._limit(task)
