@@ -39,8 +39,8 @@ class Task(NamedTuple):
 
     `waited`: how many seconds after its plan the row's first run began, as text; null where it waited for others.
     `repeated`: it may have a next row, for which `copied` must be known. `batch`: how many may share its transaction,
-    1 where it must run by itself. `name`: what its session is called meanwhile. `calendar`: what its next plan depends
-    on, if it has one.
+    1 where it must run by itself. `aging`: no worker older than its `live` may run it. `name`: what its session is called
+    meanwhile. `calendar`: what its next plan depends on, if it has one.
     """
 
     id: int
@@ -57,6 +57,7 @@ class Task(NamedTuple):
     repeated: bool
     format: Format
     batch: int
+    aging: bool
     name: bytes
     waited: bytes | None = None
     copied: bytes | None = None
@@ -87,6 +88,7 @@ class Task(NamedTuple):
             format=_format(*rest[4:10]),
             # As `shares` in sql/words.sql; a row that was begun before runs by itself.
             batch=1 if alone or attempt != b"1" else int(batch or 1),
+            aging=aging == b"t",
             name=name or b"",
             waited=waited,
         )

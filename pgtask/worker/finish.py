@@ -14,6 +14,7 @@ tried again outside of it.
 """
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -365,7 +366,9 @@ class Finisher:
         if want.mark is not None:
             self._ours.task(steps, "fresh", want.mark)
         since, remote = self._ours.fresh.since, task.remote or b""
-        who = (since, task.group, remote, want.runs, want.age, want.term, want.lane, want.slot)
+        # How old the worker will be when it looks is not known before the run.
+        age = math.inf if look == "look" else want.age
+        who = (since, task.group, remote, want.runs, age, want.term, want.lane, want.slot)
         place = (task.max, task.plan, task.id)
         if want.batch > 1 and self._pace.ready:
             self._ours.task(steps, "next_batch", *who, want.batch)

@@ -296,10 +296,13 @@ class Session:
         """Take in the answers. Returns the first failure."""
         failed: StatementFailed | None = None
         results = self._results
-        get = self.pgconn.get_result
+        get, busy = self.pgconn.get_result, self.pgconn.is_busy
         for sql in waiting:
-            result = self._result(tick)
-            if result is None or self.pgconn.status == pq.ConnStatus.BAD:
+            result = self._result(tick) if busy() else get()
+            if result is None:
+                self._lost(None if failed is None else failed.result)
+            status = result.status
+            if status == pq.ExecStatus.FATAL_ERROR and self.pgconn.status == pq.ConnStatus.BAD:
                 self._lost(result if failed is None else failed.result)
             if sql is None:
                 late = self._sync(result, tick)
@@ -308,9 +311,9 @@ class Session:
                 continue
             if not sql:
                 results.append(result)
-            elif result.status != pq.ExecStatus.COMMAND_OK:
+            elif status != pq.ExecStatus.COMMAND_OK:
                 del self._names[sql]
-            if result.status == pq.ExecStatus.FATAL_ERROR:
+            if status == pq.ExecStatus.FATAL_ERROR:
                 failed = failed or StatementFailed(len(results) - (not sql), result, results)
                 self._result(tick)  # the end of this statement's results
             else:

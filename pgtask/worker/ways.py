@@ -94,9 +94,11 @@ class Ways:
     def follows(self, task: Task) -> bool:
         """May it stand in a stream of runs, sent before the end of the run before is known?
 
-        Not what takes more than its input to begin: it runs once, whatever comes of it.
+        Not what takes more than its input to begin: it runs once, whatever comes of it. Nor one of a kind that a stream
+        does not take, like those that share a transaction.
         """
-        plain = task.atomic and task.remote is None and task.batch == 1 and not (task.save or task.repeated)
+        plain = task.atomic and task.remote is None and task.batch == 1
+        plain = plain and not (task.save or task.repeated or task.aging)
         if not plain or len(task.input) > SHORT or b";" in task.input.rstrip(b"; \t\r\n"):
             return False
         follows = FOLLOWS.match(task.input) is not None and not UNCERTAIN.search(task.input)

@@ -79,7 +79,7 @@ def task(input: bytes, **columns: Any) -> Task:
     """A row as most are."""
     format = Format(header=False, string=True, delimiter=b"\t", escape=b"", quote=b"", null=b"\\N")
     plain = {"group": b"g", "remote": None, "timeout_ms": 0, "max": 0, "plan": b"", "delete": False, "save": False}
-    more = {"atomic": True, "repeated": False, "batch": 1, "name": b""}
+    more = {"atomic": True, "repeated": False, "batch": 1, "aging": False, "name": b""}
     return Task(**({"id": 1, "attempt": 1, "input": input, "format": format} | plain | more | columns))
 
 
@@ -109,6 +109,8 @@ def test_single_queries_follow_right_behind_another(input: bytes) -> None:
         (b"SELECT 1", {"save": True}),
         (b"SELECT 1", {"repeated": True}),
         (b"SELECT 1", {"remote": b"dbname=other"}),
+        (b"SELECT 1", {"batch": 5}),
+        (b"SELECT 1", {"aging": True}),
     ],
 )
 def test_what_takes_more_or_would_notice_does_not_follow(input: bytes, columns: dict[str, Any]) -> None:
@@ -120,7 +122,7 @@ def test_what_was_refused_once_is_remembered_and_all_is_forgotten_at_some_time()
     ways.run_bare(one)
     ways.run_alone(two)
     assert (ways.bare(one), ways.follows(one), ways.shares(one, most_ms=1)) == (True, False, False)
-    assert (ways.bare(two), ways.follows(two), ways.shares(two, most_ms=1)) == (False, True, False)
+    assert (ways.bare(two), ways.follows(two._replace(batch=1)), ways.shares(two, most_ms=1)) == (False, True, False)
     for number in range(1000):
         ways.run_alone(task(b"SELECT %d" % number))
     assert ways.shares(two, most_ms=1)
