@@ -47,6 +47,8 @@ STATEMENTS = (
     "glance",
     "next",
     "next_below",
+    "look",
+    "look_below",
     "next_batch",
     "expire",
     "foreign",
@@ -58,11 +60,12 @@ STATEMENTS = (
     "resume",
     "back",
     "finish",
+    "switch",
     "finish_all",
     "settle",
     "remove_all",
 )
-QUICK = ("take", "next_after", "next_batch_after", "expire", "owned", "owners", "finish_all", "back")
+QUICK = ("take", "next_after", "look_after", "next_batch_after", "expire", "owned", "owners", "finish_all", "back")
 
 
 TRIGGERED = {
@@ -106,6 +109,8 @@ class Table:
             INSERT + "SELECT now() - n * interval '1 us', 'g' || mod(n, 10), 0, 'SELECT 1', 'PLAN'"
             " FROM generate_series(1, 50) AS n"
         )
+        [(found,)] = database.execute("SELECT id FROM task WHERE \"group\" = 'g1' AND state = 'PLAN' LIMIT 1")
+        session.execute("SELECT set_config('pgtask.looked', %s, false)", [str(found)])
         for number, query in enumerate(TRIGGERED.values()):
             body = f"UPDATE task SET state = 'DONE' WHERE id = 1; {query}; SELECT 1"
             database.execute(
@@ -120,6 +125,7 @@ class Table:
         [(max, *place)] = self.database.execute(query)
         since = (*place, "now") if quick else (*BEGINNING, None)
         who = ("-infinity", "g1", "", 0, 0.0, 1, g1, 0)
+        ended = (self.runs[0][0], 1, "DONE", "1", None, None, None, 1)
         known: dict[str, tuple[Any, ...]] = {
             "take": (10, [], 200, None, [full], "-infinity", None, *since, []),
             "due_in": ([full, g1], None),
@@ -129,9 +135,12 @@ class Table:
             "find": (place[0], [full], "-infinity", *BEGINNING, 1, self.mark, "infinity"),
             "next": who,
             "next_below": who,
+            "look": who,
+            "look_below": who,
             "next_batch": (*who, 50),
             "next_batch_after": (*who, 50, max, *place),
             "next_after": (*who, max, *place),
+            "look_after": (*who, max, *place),
             "expire": (1000, *(place if quick else BEGINNING)),
             "foreign": ([1], [], [], []),
             "rescue": (3, [], [], [], []),
@@ -140,7 +149,8 @@ class Table:
             "owned": (1, 0, 1),
             "resume": ("-infinity", 1, 0),
             "back": (1, *self.runs),
-            "finish": (self.runs[0][0], 1, "DONE", "1", None, None, None, 1),
+            "finish": ended,
+            "switch": (*ended, "-infinity", True),
             "finish_all": (1, 10, *self.runs, ["DONE"] * 10, *([now] * 10 for now in ("now", "now", "1", "", "", ""))),
             "settle": (
                 1,
