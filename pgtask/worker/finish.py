@@ -168,7 +168,7 @@ class Finisher:
         if outcome.output is not None and len(outcome.output) > LONGEST:
             outcome = _too_long(outcome)
         verdict = self.verdict(task, outcome)
-        if self.session.streams and silent(task, verdict):
+        if self.session.streams and (not outcome.ok or silent(task, verdict)):
             outcome = self.break_off(outcome)
             verdict = self.verdict(task, outcome)
         saved, self._saved = self._saved and outcome.ok, False
@@ -213,7 +213,8 @@ class Finisher:
         steps = Steps()
         steps.names += self._opened.names
         steps.steps += self._opened.steps
-        end = (task.id, task.attempt, verdict.state, *texts, self.owner, self._ours.fresh.since, want.next)
+        wanted = want.next and _look_of(self._opened.names) != ""
+        end = (task.id, task.attempt, verdict.state, *texts, self.owner, self._ours.fresh.since, wanted)
         self._ours.task(steps, "switch", *end)
         self._ours.commit_and_tidy_up(steps)
         return steps
@@ -224,6 +225,7 @@ class Finisher:
         The session still streams if the run of what was taken has been opened.
         """
         opened = self._opened.names
+        sent = time.monotonic()
         self.session.stream(steps.steps[len(opened) :])
         try:
             results = self.session.answer()
@@ -231,9 +233,9 @@ class Finisher:
             self.session.end_stream(timeout=None)
             raise
         following: list[Task] = []
-        look = next((name for name in opened if name in LOOK), "")
-        if look and want.next:
+        if want.next and (look := _look_of(opened)):
             following = self._taken(look, results[opened.index(look)])
+        self._unfound(following, sent)
         goes_on = bool(following) and want.follow is not None and want.follow(following[0])
         failure: StatementFailed | None = None
         try:
@@ -257,14 +259,18 @@ class Finisher:
         when nobody knows.
         """
         sent = time.monotonic()
-        step = next((name for name in steps.names if name in NEXT), "")
+        step = _look_of(steps.names)
         results = self._ours.commit(steps, timeout=timeout)
         following = self._taken(step, results[steps.names.index(step)]) if step else []
         if failed:
             self._tell(failed, results[steps.names.index("settle")])
+        self._unfound(following, sent)
+        return following
+
+    def _unfound(self, following: Sequence[Task], sent: float) -> None:
+        """A look that finds nothing cannot say what it has cost."""
         if not following and time.monotonic() - sent > SLOW:
             self._pace.looked(time.monotonic() - sent)
-        return following
 
     def _tell(self, failed: Sequence[tuple[Task, Verdict]], settled: PGresult) -> None:
         verdicts = {task.id: (task, verdict) for task, verdict in failed}
@@ -439,9 +445,9 @@ class Finisher:
             return self._retry_failed(attempt, failure)
         if name == "repeat" and failure.code[:2] not in PASSING:
             return self._repeat_failed(attempt, failure)
-        if name == "switch":
-            return replace(attempt, again=True)  # something of either: in two statements it will be known of which
-        if name in ("fresh", *NEXT, *LOOK):
+        if name in ("switch", *LOOK):
+            return replace(attempt, again=True)  # outside of the stream it will be known which of the two fails
+        if name in ("fresh", *NEXT):
             # A trigger of the user's refuses that row, say: this run is finished without it.
             return replace(attempt, want=attempt.want._replace(next=False), again=True)
         if failure.code in ("22021", "22P05", "54000"):
@@ -598,6 +604,11 @@ def columns(
     """The end of a run as the statements take it that write several. Without `start` it is the row's own, without
     `stop` now."""
     return b"%d" % task.id, b"%d" % task.attempt, verdict.state.encode(), start, stop, *verdict[1:]
+
+
+def _look_of(names: Sequence[str]) -> str:
+    """The step that finds the group's next task, "" where there is none."""
+    return next((name for name in names if name in NEXT or name in LOOK), "")
 
 
 def silent(task: Task, verdict: Verdict) -> bool:

@@ -1,7 +1,8 @@
-"""A run that begins right behind the commit of the one before, in the same pipeline: what it must not see, and what
-it must say as a run that began by itself does."""
+"""Runs in one stream, each sent before it is known what became of the one before: what a run must not see of that, and
+what it must say as a run that began by itself does."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tests.fixtures.wait import eventually
 SAME = ("state", "output", "error", "code", "notice")
 
 GO = "SELECT 1"
-"""What the master assigns, and so begins by itself; what comes after it in its group may follow right behind."""
+"""What the master assigns begins by itself; with the next one of its group a stream begins, in which others follow."""
 
 
 class Group:
@@ -92,6 +93,26 @@ def test_run_begins_behind_the_one_before_in_one_go(group: Group) -> None:
     assert {row["pid"] for row in (a, b, c)} == {a["pid"]}
 
 
+def test_run_begins_when_the_one_before_has_ended(group: Group) -> None:
+    """Both are written by one statement, and still are one after another."""
+    rows = group.run(*[GO, "SELECT 1 FROM pg_sleep(0.002)"] * 20)
+    assert all(before["stop"] <= after["start"] for before, after in pairwise(rows))
+    assert all(row["start"] <= row["stop"] for row in rows)
+    assert {row["attempt"] for row in rows} == {1}
+
+
+def test_run_that_says_nothing_is_removed_and_the_next_go_on(group: Group) -> None:
+    group.ledger()
+    nothing = "SELECT does(1) WHERE false"
+    inputs = [nothing, "SELECT does(2)", nothing, nothing, "SELECT does(5)"]
+    rows = [
+        group.database.wait(id, gone=input == nothing)
+        for id, input in zip(group.insert(*inputs, delete=True), inputs, strict=True)
+    ]
+    assert [row.get("output") for row in rows] == [None, "2", None, None, "5"]
+    assert group.did() == [2, 5]
+
+
 # What is the same as in a run that began by itself
 
 
@@ -129,6 +150,8 @@ INPUTS = [
     "SELECT set_config('transaction_isolation', 'serializable', true)",
     "SELECT badly()",
     "SELECT latin()",
+    "SELECT orphans()",
+    "SELECT late()",
     "INSERT INTO kept SELECT 1 WHERE 'x' = E'\\'' RETURNING 'a;b'",
     "SELECT pg_notify('it', 'x')",
     "SELECT lo_create(0) > 0",
@@ -154,6 +177,8 @@ def test_result_is_that_of_the_simple_protocol(group: Group) -> None:
     group.function("reads_only", "SET TRANSACTION READ ONLY; RETURN 3;")
     group.function("badly", "EXECUTE 'SELEC'; RETURN 3;")
     group.function("latin", "PERFORM set_config('client_encoding', 'LATIN1', false); RETURN 'й\xe9';", "text")
+    group.function("orphans", "INSERT INTO child VALUES (7); RETURN 3;")
+    group.function("late", "SET CONSTRAINTS ALL DEFERRED; INSERT INTO child VALUES (8); RETURN 3;")
     for input in INPUTS:
         group.database.execute("TRUNCATE kept, ruled")
         [followed] = group.run(input)
