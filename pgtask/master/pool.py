@@ -1,7 +1,7 @@
 """The master's workers: forks them, hands rows to them, lets them linger, makes room, sees them end.
 
 One pool serves all tables, so that `workers` bounds them all. A poller asks how many rows it may take (`capacity`),
-takes no more than that, and hands each to `assign`, or has an idle worker `have_look`; it hears of
+takes no more than that, and hands each to `assign`, or has an idle worker, or a new one, `have_look`; it hears of
 everything that happens to its workers through `Client`. A worker that has nothing to do is kept for `linger` and then
 ended by closing its channel: only here, so that an ending can never cross an assignment.
 """
@@ -14,7 +14,7 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import Enum
 from typing import Any, Protocol
@@ -38,7 +38,8 @@ from pgtask.process import (
     Room,
     Run,
 )
-from pgtask.worker.worker import HELD, Ready, Spec, Worker
+from pgtask.worker.session import SessionLost
+from pgtask.worker.worker import HELD, Asked, Ready, Spec, Worker
 
 MANY = 2000
 """Ids in one message: with them it is shorter than a packet may be."""
@@ -145,7 +146,8 @@ class Fate:
 class Looking:
     """A worker was asked to look: where its answer goes, what it then has, and how long it is kept if nothing.
 
-    It begins nothing later than `by` (time.monotonic()). `over`: nobody waits for it, since it was too late.
+    It begins nothing later than `by` (time.monotonic()). `forked`: for this. `over`: nobody waits for it, since it was
+    too late.
     """
 
     handle: Handle
@@ -153,6 +155,7 @@ class Looking:
     made: Callable[[Sequence[Any]], Taken]
     by: float
     lingers_until: float | None
+    forked: bool = False
     over: bool = False
 
 
@@ -239,18 +242,43 @@ class Pool:
             self._next.append((client, taken))
             self._fork_next()
 
-    def have_look(self, client: Client, look: Look, made: Callable[[Sequence[Any]], Taken]) -> "Looking | None":
+    def idle(self, client: Client) -> Handle | None:
+        """A worker of the client that has nothing to do."""
+        return next((h for h in self.of(client) if h.state is State.IDLE), None)
+
+    def have_look(
+        self, client: Client, look: Look, made: Callable[[Sequence[Any]], Taken], *, fork: bool
+    ) -> "Looking | None":
         """Have an idle worker look for the single row that is due, and begin it; `made` tells what it then has.
 
-        None if there is nobody who can. Whoever asks must `hear`.
+        With `fork`, or else a new one, for whom a session must be ready: it looks while he is forked. None if there is
+        nobody who can. Whoever asks must `hear`.
         """
-        handle = next((h for h in self.of(client) if h.state is State.IDLE), None)
-        if handle is None or not handle.channel.send(look):
+        handle = self.idle(client)
+        if handle is None:
+            place = fork and not self._next and self._places() > 0 and client not in self._pauses
+            return self._fork_to_look(client, look, made) if place else None
+        if not handle.channel.send(look):
             return None
         until = None if handle.linger is None else handle.linger.when()
         self._engage(handle)
+        return self._looks(handle, look, made, lingers_until=until)
+
+    def _fork_to_look(self, client: Client, look: Look, made: Callable[[Sequence[Any]], Taken]) -> "Looking | None":
+        ready = client.ready()
+        if ready is None:
+            return None
+        try:
+            ready = replace(ready, asked=Asked.by(look, ready, client.spec))
+        except SessionLost:
+            ready.session.close()
+            return None
+        handle = self._fork(client, None, ready=ready, look=look)
+        return None if handle is None else self._looks(handle, look, made, lingers_until=None, forked=True)
+
+    def _looks(self, handle: Handle, look: Look, made: Callable[[Sequence[Any]], Taken], **more: Any) -> "Looking":
         answer = asyncio.get_running_loop().create_future()
-        handle.looking = Looking(handle=handle, answer=answer, made=made, by=look.by, lingers_until=until)
+        handle.looking = Looking(handle=handle, answer=answer, made=made, by=look.by, **more)
         return handle.looking
 
     async def hear(self, looking: "Looking", at_rest: Callable[[int | None], Awaitable[bool]]) -> list[Any] | None:
@@ -331,7 +359,7 @@ class Pool:
         """Keep `spare` idle workers forked ahead, where nobody waits for their places."""
         while sum(h.state is not State.ENDING and h.assigned is None for h in self.of(client)) < self.spare:
             blocked = self._waiting or self._places() <= 0 or self.retry_at(client) is not None
-            if blocked or not self._fork(client, None):
+            if blocked or self._fork(client, None) is None:
                 return
 
     def cancel(self, client: Client, stopped: Mapping[int, Collection[tuple[int, int]]]) -> bool:
@@ -461,20 +489,36 @@ class Pool:
         if self._next and not self._forking:
             self._forking = True
             asyncio.get_running_loop().call_soon(self._fork_another)
-            self._fork(*self._next.popleft())
+            client, taken = self._next.popleft()
+            self._fork(client, taken, ready=client.ready())
 
     def _fork_another(self) -> None:
         self._forking = False
         self._fork_next()
 
-    def _fork(self, client: Client, taken: Taken | None) -> bool:
+    def _fork(
+        self, client: Client, taken: Taken | None, *, ready: Ready | None = None, look: Look | None = None
+    ) -> Handle | None:
         try:
-            handle = self._forked(client, taken)
+            handle = self._forked(client, taken, ready, look)
         except OSError as error:  # no process, no descriptor or no memory to be had
             self._back_off(client, f"fork: {error}")
-            if taken is not None:
+            if look is not None and ready is not None:  # which may have begun something
+                backend, since = ready.session.pid, ready.since
+                client.on_end(
+                    Fate(
+                        backend=backend,
+                        since=since,
+                        assigned=None,
+                        why=str(error),
+                        opened=True,
+                        clean=True,
+                        looking=True,
+                    )
+                )
+            elif taken is not None:
                 client.on_end(Fate(backend=None, since=None, assigned=taken, why=str(error), opened=False, clean=True))
-            return False
+            return None
         self.handles[handle.pid] = handle
         asyncio.get_running_loop().add_reader(handle.channel.fileno(), self._heard, handle)
         metrics.forked(client.spec.label)
@@ -482,27 +526,27 @@ class Pool:
         if handle.backend is not None:
             self._opened(handle)
         self._changed()
-        return True
+        return handle
 
-    def _forked(self, client: Client, taken: Taken | None) -> Handle:
+    def _forked(self, client: Client, taken: Taken | None, ready: Ready | None, look: Look | None) -> Handle:
         """A new worker process. Raises OSError, and leaves nothing behind, when the system refuses.
 
-        One that has something to do takes over a session that is ready, so its backend is known from the start.
+        Of one that takes over a session that is `ready` the backend is known from the start.
         """
         ours, theirs = Channel.pair()
         handle = Handle(client=client, channel=ours, assigned=taken)
         if self.reports(client):
             ours.send(Report())
-        spec, run = client.spec, None if taken is None else taken.run()
+        spec, word = client.spec, look if taken is None else taken.run()
         keep = [theirs.fileno()]
-        if ready := None if taken is None else client.ready():
+        if ready is not None:
             handle.backend, handle.since = ready.session.pid, ready.since
             keep.append(ready.session.pgconn.socket)
         place = handle.place = metrics.claim()
 
         def main() -> int:
             metrics.enter(place, spec.label)
-            return Worker(spec, theirs, run, ready).main()
+            return Worker(spec, theirs, word, ready).main()
 
         try:
             handle.pid = self.children.fork(

@@ -33,8 +33,8 @@ MOST_LANES = 100
 ALONE, ALONE_GAPS = 0.005, 2
 """A task comes alone, so that a worker may look for it, so many seconds, and gaps between looks, after others."""
 
-PROMPT = 0.25
-"""Seconds in which a worker has to begin what it looks for."""
+PROMPT, NEW = 0.25, 1.0
+"""Seconds in which a worker has to begin what it looks for, and one that is forked for it."""
 
 RECENT = 4
 """How many takes tell what one costs."""
@@ -123,6 +123,7 @@ class Taker:
         self._begun = False  # by a worker, what the last take found
         self._asked: Asked | None = None  # before the take whose look it is
         self._may_ask = True  # nobody has looked for this take yet
+        self._finds = True  # will a look find something, likely, so that a worker may be forked for it?
         self._now: tuple[datetime, float] | None = None  # the server's clock, and ours (time.monotonic()) not later
         self._handed_at = 0.0  # when something was found last (time.monotonic())
         self._crowded = 0  # looks to come that are not for a single row
@@ -403,12 +404,12 @@ class Taker:
         return await self._term.session.rows(one, now, _slots(held), self._term.since, *place)
 
     def _ask(self, held: dict[int, set[int]], now: Any, place: Place) -> Asked | None:
-        """Have an idle worker look for it, and begin it at once; None if there is none, or it is not for him."""
+        """Have a worker look for it, and begin it at once; None if there is none, or it is not for him."""
         started = time.monotonic()
         alone = started - self._handed_at > max(ALONE, ALONE_GAPS * self.gap)
         if not (alone and self.config.wake and self._now) or len(held) > MOST_LANES:
             return None
-        by = started + PROMPT
+        by = started + (PROMPT if self._pool.idle(self._client) is not None else NEW)
         until = str(self._now[0] + timedelta(seconds=by - self._now[1]))
         look = Look(
             term=self._term.number,
@@ -418,7 +419,7 @@ class Taker:
             until=until,
             by=by,
         )
-        looking = self._pool.have_look(self._client, look, lambda row: self._taken(row, held))
+        looking = self._pool.have_look(self._client, look, lambda row: self._taken(row, held), fork=self._finds)
         return None if looking is None else Asked(looking=looking, held=held, started=started, until=until)
 
     async def _hear(self, asked: Asked) -> list[tuple[Any, ...]]:
@@ -430,6 +431,8 @@ class Taker:
         row = await self._pool.hear(asked.looking, at_rest)
         if self._mender.uncertain:
             raise Uncertain
+        if asked.looking.forked:
+            self._finds = row is not None and row[8] is not None
         if row is None or (row[0] and row[8] is None):
             return []
         self._begun = row[8] is not None
@@ -476,6 +479,7 @@ class Taker:
     def _hand_out(self, batch: Batch) -> None:
         if batch.rows:
             self._handed_at = time.monotonic()
+            self._finds = True
         for taken in batch.rows:
             if taken.max < 0:  # its end is committed before we hear of it: until then nothing may slip in
                 self._resting[taken.lane] = math.inf

@@ -30,7 +30,7 @@ OLDEST = 3600.0
 REST = 0.05
 """Seconds after a handover before the next session is opened, so that a burst of forks does not wait for it."""
 
-REHEARSED = ("begin", "finish", "next")
+REHEARSED = ("find", "begin", "finish", "next")
 
 LONGEST = 60.0
 """Seconds between two tries where the server refuses, at most."""

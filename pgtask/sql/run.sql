@@ -50,38 +50,38 @@ SELECT 1 / ($1 = {mark})::int;
 -- name: next — the group's next task, in the slot that the finished one leaves. $1 when our backend started, $2 group,
 -- $3 remote or '', $4 runs of this worker, $5 its age in seconds, $6 term, $7 the key of the group that our slot is of, $8 the
 -- slot's number; negative max is the poller's
-WITH first AS MATERIALIZED (
+WITH own AS (SELECT), first AS MATERIALIZED (
     {first}
 )
 {next};
 
 -- name: next_below — the same where rows of a greater max are planned for later
-WITH first AS MATERIALIZED (
+WITH own AS (SELECT), first AS MATERIALIZED (
     {first_below}
 )
 {next};
 
--- name: next_after — the same while looks from the beginning are dear. $9 to $11 where the finished row was
-WITH first AS MATERIALIZED (
+-- name: next_after — the same while looks from the beginning are dear. $9 to $11 which and where the finished row was
+WITH own AS (SELECT), first AS MATERIALIZED (
     {first_after}
 )
 {next};
 
 -- name: look — the group's next task, while the end of the one before is not written yet: what `switch` will begin.
--- Parameters as of next
-WITH first AS MATERIALIZED (
+-- Parameters as of next, and $9 the id of the one before
+WITH {own}, first AS MATERIALIZED (
     {first}
 )
 {looked};
 
 -- name: look_below
-WITH first AS MATERIALIZED (
+WITH {own}, first AS MATERIALIZED (
     {first_below}
 )
 {looked};
 
 -- name: look_after
-WITH first AS MATERIALIZED (
+WITH {own}, first AS MATERIALIZED (
     {first_after}
 )
 {looked};

@@ -98,10 +98,12 @@ t."group" = $2 AND coalesce(t.remote, '') = $3 AND t.plan <= statement_timestamp
             AND (t.repeat <> interval '0' OR t.cron IS NOT NULL
                 OR date_part('epoch', statement_timestamp()) - date_part('epoch', t.plan) <= date_part('epoch', t.active))
 
--- name: first — the group's first row, if it is due and this worker may take it
+-- name: first — the group's first row, if it is due and this worker may take it, and if there is an `own`: what comes
+-- before it
 SELECT t.id, {admitted} AS admitted
     FROM {task} AS t
     WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {floor} AND {serving}
+        AND EXISTS (SELECT FROM own)
     ORDER BY t.max DESC, t.plan, t.id
     LIMIT 1
     FOR NO KEY UPDATE SKIP LOCKED
@@ -112,7 +114,7 @@ SELECT d.id, d.admitted
     FROM (SELECT $7::bigint AS lane) AS g
     CROSS JOIN LATERAL (
         {levels}
-        SELECT l.max FROM level AS l WHERE l.max >= {floor} AND {serving}
+        SELECT l.max FROM level AS l WHERE l.max >= {floor} AND {serving} AND EXISTS (SELECT FROM own)
     ) AS l
     CROSS JOIN LATERAL (
         SELECT t.id, {admitted} AS admitted
@@ -124,16 +126,24 @@ SELECT d.id, d.admitted
     ) AS d
     LIMIT 1
 
--- name: first_after — a quick look, while those from the beginning are dear: the first row after our run's, whose $9 max,
--- $10 plan and $11 id are, of the same max. Nor are the others counted, of whom those of a greater max may be more than this
+-- name: first_after — a quick look, while those from the beginning are dear: the first row after our run's, whose $9 id,
+-- $10 max and $11 plan are, of the same max. Nor are the others counted, of whom those of a greater max may be more than this
 -- one admits: there are never more runs than the greatest max admits, since each has a slot of its own
 SELECT t.id, {admitted} AS admitted
     FROM {task} AS t
-    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max = $9::int AND t.max >= $8::int
-        AND (t.plan, t.id) >= ($10::timestamptz, $11::bigint) AND {serving}
+    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max = $10::int AND t.max >= $8::int
+        AND (t.plan, t.id) >= ($11::timestamptz, $9::bigint) AND {serving} AND EXISTS (SELECT FROM own)
     ORDER BY t.plan, t.id
     LIMIT 1
     FOR NO KEY UPDATE SKIP LOCKED
+
+-- name: own — our run's row, locked: whoever else locks both takes the earlier one first, and so would wait for us while
+-- we wait for him. $9 its id
+own AS MATERIALIZED (
+    SELECT t.id FROM {task} AS t
+    WHERE t.id = $9::bigint AND t.state::text = 'WORK' AND t.pid = pg_backend_pid()
+    FOR NO KEY UPDATE
+)
 
 -- name: looked — how a look for the group's next task ends that comes before the end of our run: the row stays locked, and
 -- `switch` finds its id in a setting, which our transaction forgets with its end. Cost in seconds

@@ -376,16 +376,17 @@ class Finisher:
         age = math.inf if look == "look" else want.age
         who = (since, task.group, remote, want.runs, age, want.term, want.lane, want.slot)
         place = (task.max, task.plan, task.id)
+        before = (task.id,) if look == "look" else ()
         if want.batch > 1 and self._pace.ready:
             self._ours.task(steps, "next_batch", *who, want.batch)
         elif want.batch > 1:
             self._ours.task(steps, "next_batch_after", *who, want.batch, *place)
         elif not self._pace.ready:
-            self._ours.task(steps, f"{look}_after", *who, *place)
+            self._ours.task(steps, f"{look}_after", *who, task.id, task.max, task.plan)
         elif want.below:
-            self._ours.task(steps, f"{look}_below", *who)
+            self._ours.task(steps, f"{look}_below", *who, *before)
         else:
-            self._ours.task(steps, look, *who)
+            self._ours.task(steps, look, *who, *before)
 
     def _add_repeat(self, steps: Steps, attempt: "_Attempt") -> None:
         if attempt.copied is None or attempt.refused is not None:

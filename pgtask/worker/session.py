@@ -8,6 +8,7 @@ known what became of those. Nothing here knows what a task is.
 
 import os
 import secrets
+import select
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -139,6 +140,11 @@ class Session:
         """A value that the server reports, such as client_encoding."""
         return (self.pgconn.parameter_status(name.encode()) or b"").decode(errors="replace")
 
+    @property
+    def spoken(self) -> bool:
+        """Has the server said something that nobody has asked for? It is its end, mostly."""
+        return bool(select.select([self.pgconn.socket], [], [], 0)[0])
+
     def close(self) -> None:
         self.pgconn.finish()
 
@@ -191,8 +197,7 @@ class Session:
         except OperationalError as error:
             raise SessionLost(_words(self.pgconn)) from error
         if tick is None:
-            deadline = None if timeout is None else time.monotonic() + timeout
-            return self._pipeline_results(waiting, lambda: _left(deadline))
+            return self.answers(waiting, timeout=timeout)
         self._listening = True
         try:
             return self._pipeline_results(waiting, tick)
@@ -256,6 +261,11 @@ class Session:
         self.pgconn.pipeline_sync()
         waiting.append(None)
         return waiting
+
+    def answers(self, waiting: Sequence[bytes | None], *, timeout: float | None) -> list[pq.abc.PGresult]:
+        """To what `send_pipeline` has sent, maybe in another process. Returns and raises as `pipeline` does."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return self._pipeline_results(waiting, lambda: _left(deadline))
 
     def _queue(self, steps: Sequence[Step]) -> list[bytes | None]:
         pgconn = self.pgconn

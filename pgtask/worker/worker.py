@@ -123,6 +123,7 @@ class Ready:
 
     session: Session
     fresh: Fresh
+    asked: "Asked | None" = None
 
     @property
     def since(self) -> str:
@@ -130,10 +131,36 @@ class Ready:
         return self.fresh.since.decode()
 
 
-class Worker:
-    """The process's whole state. It may be forked with a run to begin, and a session that the master has opened."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a Look asks for has been sent already: the steps, and the answers that are to come."""
 
-    def __init__(self, spec: Spec, channel: Channel, run: Run | None = None, ready: Ready | None = None):
+    steps: Steps
+    waiting: Sequence[bytes | None]
+
+    @classmethod
+    def by(cls, look: Look, ready: Ready, spec: Spec) -> "Asked":
+        """Send it, without waiting, on a session that nothing has been done with. Raises SessionLost."""
+        ours = Ours(ready.session, spec.store, spec.encoding)
+        ours.fresh = ready.fresh
+        steps = Steps()
+        steps.own("open")
+        ours.add(steps, clean=False, sure=False)
+        _add_find(ours, steps, look)
+        if ready.session.spoken:
+            raise SessionLost("ended")
+        try:
+            waiting = ready.session.send_pipeline(steps.steps)
+            ready.session.pgconn.flush()
+        except OperationalError as error:
+            raise SessionLost(ready.session.last_words()) from error
+        return cls(steps=steps, waiting=waiting)
+
+
+class Worker:
+    """The process's whole state. It may be forked with something to do, and a session that the master has opened."""
+
+    def __init__(self, spec: Spec, channel: Channel, word: Run | Look | None = None, ready: Ready | None = None):
         self.spec = spec
         self.ready = ready
         self.channel = channel
@@ -149,7 +176,8 @@ class Worker:
         self.each = 0.0  # seconds that a run is expected to take
         self.limits = Limits()
         self.doing = self.what = ""  # as ps shows it
-        self.assigned: Run | Look | None = run
+        self.assigned = word
+        self.asked = None if ready is None else ready.asked
         self.practised = False  # has the session the plan of what a Look asks for?
         self.entered = 0.0  # when we were given the group that we are in
         self.turn = 0  # how many runs we had had by then
@@ -205,12 +233,13 @@ class Worker:
         """The master's session, if nothing has come from it meanwhile: that would be its end."""
         if self.ready is None:
             self._open()
-        elif self.watch.wait(self.ready.session.pgconn.socket, timeout=0):
+        elif self.asked is None and self.ready.session.spoken:
             self.ready.session.close()
             self._open()
         else:
             self.ready.session.take_over(self.watch)
             self._use(self.ready)
+            self.practised = True
 
     def _open(self) -> None:
         self._show("opening a session")
@@ -285,7 +314,7 @@ class Worker:
                 self._practise()
             self._look()
         word, self.assigned = self.assigned, None
-        return None if self.leaving else word
+        return None if self.leaving and self.asked is None else word
 
     def _practise(self) -> None:
         """Have the session plan what a Look asks for while nobody waits for it."""
@@ -293,14 +322,16 @@ class Worker:
         text = self.ours.encode(self.spec.store.text("find"))
         prepare = self._opened()
         prepare.add("find", Step(text, only_prepare=True))
+        prepare.own("commit")
         if self._tried(prepare):
             plan = self._opened()
             plan.add("plan", explain(self.session, text))
+            plan.own("commit")
             self._tried(plan)
 
     def _find(self, look: Look) -> Task | None:
         """Begin the row that is due, if there is one that may start, and tell the master what there is."""
-        found = self._ask(look) if time.monotonic() < look.by else None
+        found = self._ask(look) if self.asked or time.monotonic() < look.by else None
         task = Task.read(found) if found is not None and found.get_value(0, 0) is not None else None
         if task is None:
             self.until = math.inf
@@ -318,17 +349,20 @@ class Worker:
         return task
 
     def _ask(self, look: Look) -> PGresult | None:
-        lanes = [lane for lane, numbers in look.used for _ in numbers]
-        steps = self._opened()
-        fences = (look.term, self.ours.fresh.mark, look.until)
-        self.ours.task(steps, "find", look.now, _numbers(lanes), self.ours.fresh.since, *look.place, *fences)
-        results = self._tried(steps)
+        asked, self.asked = self.asked, None
+        if asked is None:
+            steps = self._opened()
+            _add_find(self.ours, steps, look)
+        else:
+            steps = asked.steps
+        results = self._tried(steps, asked)
         return results[steps.names.index("find")] if results else None
 
-    def _tried(self, steps: Steps) -> Sequence[PGresult]:
+    def _tried(self, steps: Steps, asked: Asked | None = None) -> Sequence[PGresult]:
         """The results, or none: what fails here the master does himself."""
-        steps.own("commit")
         try:
+            if asked is not None:
+                return self.session.answers(asked.waiting, timeout=PATIENCE)
             return self.session.pipeline(steps.steps, timeout=PATIENCE)
         except StatementFailed as failure:
             if failure.code == "26000":
@@ -729,6 +763,14 @@ def _timed_out(task: Task, outcome: Outcome) -> Outcome:
         context=outcome.errors[0].context,
     )
     return Outcome(output=outcome.output, errors=(error,), notice=outcome.notice, encoding=outcome.encoding)
+
+
+def _add_find(ours: Ours, steps: Steps, look: Look) -> None:
+    """Add what a Look asks for, and its commit."""
+    lanes = [lane for lane, numbers in look.used for _ in numbers]
+    fences = (look.term, ours.fresh.mark, look.until)
+    ours.task(steps, "find", look.now, _numbers(lanes), ours.fresh.since, *look.place, *fences)
+    steps.own("commit")
 
 
 def _numbers(values: Sequence[int]) -> str:

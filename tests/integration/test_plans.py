@@ -105,6 +105,9 @@ class Table:
         database.execute(INSERT + "SELECT now(), 'run', 0, 'SELECT 1', 'WORK' FROM generate_series(1, 10)")
         database.execute("UPDATE task SET start = now(), pid = 1, attempt = 1, batch = 50")
         self.runs = database.execute("SELECT array_agg(id), array_agg(attempt) FROM task WHERE \"group\" = 'run'")[0]
+        own = INSERT + "VALUES (now(), 'own', 0, 'SELECT 1', 'WORK') RETURNING id"
+        [(self.own,)] = database.execute(own)
+        database.execute("UPDATE task SET pid = %s WHERE id = %s", [session.info.backend_pid, self.own])
         database.execute(
             INSERT + "SELECT now() - n * interval '1 us', 'g' || mod(n, 10), 0, 'SELECT 1', 'PLAN'"
             " FROM generate_series(1, 50) AS n"
@@ -135,12 +138,12 @@ class Table:
             "find": (place[0], [full], "-infinity", *BEGINNING, 1, self.mark, "infinity"),
             "next": who,
             "next_below": who,
-            "look": who,
-            "look_below": who,
+            "look": (*who, self.own),
+            "look_below": (*who, self.own),
             "next_batch": (*who, 50),
             "next_batch_after": (*who, 50, max, *place),
-            "next_after": (*who, max, *place),
-            "look_after": (*who, max, *place),
+            "next_after": (*who, place[1], max, place[0]),
+            "look_after": (*who, self.own, max, place[0]),
             "expire": (1000, *(place if quick else BEGINNING)),
             "foreign": ([1], [], [], []),
             "rescue": (3, [], [], [], []),
