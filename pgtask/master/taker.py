@@ -123,7 +123,7 @@ class Taker:
         self._begun = False  # by a worker, what the last take found
         self._asked: Asked | None = None  # before the take whose look it is
         self._may_ask = True  # nobody has looked for this take yet
-        self._finds = True  # will a look find something, likely, so that a worker may be forked for it?
+        self._finds = True  # does it mean something when somebody calls, so that a worker is forked for that?
         self._now: tuple[datetime, float] | None = None  # the server's clock, and ours (time.monotonic()) not later
         self._handed_at = 0.0  # when something was found last (time.monotonic())
         self._crowded = 0  # looks to come that are not for a single row
@@ -230,7 +230,7 @@ class Taker:
         everywhere = self._pace.ready and self._walk_from is None and self._backlog.place is None
         if settled and everywhere and not (self.closed or self._crowded) and self._pool.capacity(self._client):
             self._backlog.set_out()
-            self._asked = self._ask(self._mender.slots(), None, BEGINNING)
+            self._asked = self._ask(self._mender.slots(), None, BEGINNING, fork=self._finds)
 
     async def _take_asked(self) -> tuple[Batch, int] | None:
         """What a worker has found who was asked before; and how many we could have taken."""
@@ -403,7 +403,7 @@ class Taker:
         one = self._store.text("take_one")
         return await self._term.session.rows(one, now, _slots(held), self._term.since, *place)
 
-    def _ask(self, held: dict[int, set[int]], now: Any, place: Place) -> Asked | None:
+    def _ask(self, held: dict[int, set[int]], now: Any, place: Place, *, fork: bool = False) -> Asked | None:
         """Have a worker look for it, and begin it at once; None if there is none, or it is not for him."""
         started = time.monotonic()
         alone = started - self._handed_at > max(ALONE, ALONE_GAPS * self.gap)
@@ -419,7 +419,7 @@ class Taker:
             until=until,
             by=by,
         )
-        looking = self._pool.have_look(self._client, look, lambda row: self._taken(row, held), fork=self._finds)
+        looking = self._pool.have_look(self._client, look, lambda row: self._taken(row, held), fork=fork)
         return None if looking is None else Asked(looking=looking, held=held, started=started, until=until)
 
     async def _hear(self, asked: Asked) -> list[tuple[Any, ...]]:

@@ -81,6 +81,41 @@ def test_worker_begins_it_and_the_master_takes_nothing(talkative: Database, mast
     eventually(begun_by_worker)
 
 
+def warm(database: Database) -> bool:
+    """Is a session ready for a worker, under a master that sleeps?"""
+    falls_asleep(database)
+    query = (
+        "SELECT pid FROM pg_stat_activity WHERE datname = %s AND application_name = 'pgtask warm' AND state = 'idle'"
+    )
+    return bool(database.admin_execute(query, [database.name]))
+
+
+def test_new_worker_begins_it_and_the_master_takes_nothing(talkative: Database, master: Start) -> None:
+    """His session, which was ready, does so while he is forked."""
+    one = master("--linger", "0", "--safety", "1h", talkative.conninfo, tables=1)
+
+    def begun_by_worker() -> bool:
+        eventually(lambda: not one.workers() and warm(talkative))
+        before = len(said(talkative, "pgtask master"))
+        row = talkative.wait(talkative.insert("SELECT 1", delete=False, group="other", max=3))
+        falls_asleep(talkative)
+        taken = [text for text in said(talkative, "pgtask master")[before:] if "'TAKE'" in text]
+        return not taken and row["attempt"] == 1
+
+    eventually(begun_by_worker)
+
+
+def test_inserts_that_mean_nothing_now_fork_no_worker_each(database: Database, master: Start) -> None:
+    one = master("--linger", "0", database.conninfo, tables=1)
+    for _ in range(10):
+        eventually(lambda: not one.workers() and warm(database))
+        database.insert("SELECT 1", plan="2090-01-01")
+    eventually(lambda: not one.workers() and warm(database))
+    assert len(one.logged(" worker_forked ")) <= 1
+    row = database.wait(database.insert("SELECT 1", delete=False))
+    assert row["attempt"] == 1
+
+
 def test_full_group_stays_full(database: Database, master: Start) -> None:
     """The worker knows of the slots in use what the master knows."""
     one = master("--linger", "1h", database.conninfo)

@@ -347,6 +347,22 @@ def test_stop_hits_the_run_that_it_is_of(group: Group, how: str) -> None:
     assert group.did() == [1, 3]
 
 
+def test_whoever_changes_the_row_that_runs_and_then_the_next_meets_no_deadlock(group: Group) -> None:
+    with group.database.connect(autocommit=False) as session:
+        with held(group.database):
+            a, b, c = group.insert(GO, "SELECT 1 FROM pg_advisory_xact_lock_shared(7000)", GO)
+            eventually(lambda: runs_waiting(group.database))
+            session.execute("UPDATE task SET data = 'b' WHERE id = %s", [b])
+        eventually(lambda: group.database.execute("SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)])
+        session.execute("UPDATE task SET data = 'c' WHERE id = %s", [c])
+    rows = [group.database.wait(id) for id in (a, b, c)]
+    assert [(row["state"], row["attempt"], row["data"]) for row in rows] == [
+        ("DONE", 1, None),
+        ("DONE", 1, "b"),
+        ("DONE", 1, "c"),
+    ]
+
+
 def test_run_whose_commit_fails_is_alone_in_that(own: Group) -> None:
     """The next was sent behind a commit that never was; it is taken again."""
     own.ledger()
