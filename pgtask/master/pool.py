@@ -499,25 +499,26 @@ class Pool:
     def _fork(
         self, client: Client, taken: Taken | None, *, ready: Ready | None = None, look: Look | None = None
     ) -> Handle | None:
+        backend = None if ready is None else ready.session.pid
         try:
             handle = self._forked(client, taken, ready, look)
         except OSError as error:  # no process, no descriptor or no memory to be had
             self._back_off(client, f"fork: {error}")
-            if look is not None and ready is not None:  # which may have begun something
-                backend, since = ready.session.pid, ready.since
-                client.on_end(
-                    Fate(
-                        backend=backend,
-                        since=since,
-                        assigned=None,
-                        why=str(error),
-                        opened=True,
-                        clean=True,
-                        looking=True,
-                    )
+            looking = False
+            if ready is not None:
+                ready.session.close()
+                looking = ready.asked is not None  # it may have begun something
+            if taken is not None or looking:
+                fate = Fate(
+                    backend=backend if looking else None,
+                    since=ready.since if ready is not None and looking else None,
+                    assigned=taken,
+                    why=str(error),
+                    opened=looking,
+                    clean=not looking,
+                    looking=looking,
                 )
-            elif taken is not None:
-                client.on_end(Fate(backend=None, since=None, assigned=taken, why=str(error), opened=False, clean=True))
+                client.on_end(fate)
             return None
         self.handles[handle.pid] = handle
         asyncio.get_running_loop().add_reader(handle.channel.fileno(), self._heard, handle)

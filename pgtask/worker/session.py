@@ -143,7 +143,9 @@ class Session:
     @property
     def spoken(self) -> bool:
         """Has the server said something that nobody has asked for? It is its end, mostly."""
-        return bool(select.select([self.pgconn.socket], [], [], 0)[0])
+        poll = select.poll()  # a master may have more descriptors than select() knows
+        poll.register(self.pgconn.socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         self.pgconn.finish()

@@ -11,7 +11,7 @@ from psycopg.conninfo import make_conninfo
 
 from tests.fixtures.database import Database
 from tests.fixtures.ledger import Ledger
-from tests.fixtures.locks import passes
+from tests.fixtures.locks import asleep, passes
 from tests.fixtures.master import Master
 from tests.fixtures.processes import cpu_seconds
 from tests.fixtures.wait import eventually
@@ -83,6 +83,24 @@ def test_fork_that_fails_for_a_while_loses_nothing(database: Database, ledger: L
     ledger.fill(1)
     one.wait_log("workers_open_again")
     ledger.settled()
+
+
+def test_fork_that_fails_after_the_session_has_begun_the_task_costs_it_nothing(
+    database: Database, master: Start
+) -> None:
+    """The session was ready, and is asked while its worker is forked."""
+    one = master("--linger", "0", database.conninfo, tables=1, through=UNPRIVILEGED)
+    ready = (
+        "SELECT pid FROM pg_stat_activity WHERE datname = %s AND application_name = 'pgtask warm' AND state = 'idle'"
+    )
+    eventually(lambda: database.admin_execute(ready, [database.name]) and asleep(database))
+    limit_processes(one, 0)
+    id = database.insert("SELECT 1", delete=False)
+    one.wait_log("workers_cannot_open .*fork")
+    assert_calm(one)
+    limit_processes(one, resource.getrlimit(resource.RLIMIT_NPROC)[0])
+    row = database.wait(id)
+    assert (row["state"], row["attempt"], row["error"]) == ("DONE", 1, None)
 
 
 def test_descriptors_that_are_used_up_for_a_while_lose_nothing(
