@@ -50,6 +50,9 @@ BEGINNING: Place = ("-infinity", -(1 << 63))
 CHEAP = 0.005
 """Seconds that a full look may cost without being paced."""
 
+WARY = 10
+"""Calls, after one that meant nothing, until another worker is forked for one that may mean nothing."""
+
 CROWDED = 20
 """Looks, after one for a single row found more, before it is tried again."""
 
@@ -123,7 +126,7 @@ class Taker:
         self._begun = False  # by a worker, what the last take found
         self._asked: Asked | None = None  # before the take whose look it is
         self._may_ask = True  # nobody has looked for this take yet
-        self._finds = True  # does it mean something when somebody calls, so that a worker is forked for that?
+        self._wary = 0  # calls to come for which no worker is forked, since they may mean nothing
         self._now: tuple[datetime, float] | None = None  # the server's clock, and ours (time.monotonic()) not later
         self._handed_at = 0.0  # when something was found last (time.monotonic())
         self._crowded = 0  # looks to come that are not for a single row
@@ -230,7 +233,8 @@ class Taker:
         everywhere = self._pace.ready and self._walk_from is None and self._backlog.place is None
         if settled and everywhere and not (self.closed or self._crowded) and self._pool.capacity(self._client):
             self._backlog.set_out()
-            self._asked = self._ask(self._mender.slots(), None, BEGINNING, fork=self._finds)
+            self._asked = self._ask(self._mender.slots(), None, BEGINNING, fork=not self._wary)
+            self._wary -= bool(self._wary)
 
     async def _take_asked(self) -> tuple[Batch, int] | None:
         """What a worker has found who was asked before; and how many we could have taken."""
@@ -239,7 +243,8 @@ class Taker:
         rows = [] if asked is None else await self._hear(asked)
         if asked is None or not rows:
             return None
-        batch = self._seen(rows, asked.held, asked.started, [], everywhere=True, first=True)
+        new = asked.looking.forked
+        batch = self._seen(rows, asked.held, asked.started, [], everywhere=True, first=True, new=new)
         return batch, min(self._pool.capacity(self._client) + len(batch.rows), self.config.limit)
 
     async def _take(self, now: Any, *, full: bool) -> tuple[Batch, int]:
@@ -316,8 +321,12 @@ class Taker:
         *,
         everywhere: bool,
         first: bool,
+        new: bool = False,
     ) -> Batch:
-        """What a look has shown, maybe a piece, and maybe the `first`, of one that goes everywhere."""
+        """What a look has shown, maybe a piece, and maybe the `first`, of one that goes everywhere.
+
+        By a `new` session, which has never looked before, it says nothing of what looks cost.
+        """
         self._looked(started, rows)
         batch = self._batch(rows, held, started)
         walked, cost, *place = rows[0][3:7]
@@ -335,7 +344,7 @@ class Taker:
         self._found_behind = False
         if (known := self._backlog.place is not None) is not behind:
             self._crowded = 0
-        if everywhere:
+        if everywhere and not new:
             self._pace.looked(cost, cheap=0.0 if known else CHEAP)
         return replace(batch, left=left, more=self.walking)
 
@@ -431,8 +440,8 @@ class Taker:
         row = await self._pool.hear(asked.looking, at_rest)
         if self._mender.uncertain:
             raise Uncertain
-        if asked.looking.forked:
-            self._finds = row is not None and row[8] is not None
+        if asked.looking.forked and (row is None or row[8] is None):
+            self._wary = WARY
         if row is None or (row[0] and row[8] is None):
             return []
         self._begun = row[8] is not None
@@ -479,7 +488,6 @@ class Taker:
     def _hand_out(self, batch: Batch) -> None:
         if batch.rows:
             self._handed_at = time.monotonic()
-            self._finds = True
         for taken in batch.rows:
             if taken.max < 0:  # its end is committed before we hear of it: until then nothing may slip in
                 self._resting[taken.lane] = math.inf

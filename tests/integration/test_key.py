@@ -135,8 +135,8 @@ def test_run_that_was_moved_and_then_lost_once_too_often_runs_again(
     with held(database):
         id = move(database, "lost")
         wait_runs(database)
-        move(database, "lost")
         [worker] = one.workers()
+        move(database, "lost")
         os.kill(worker, SIGKILL)
         eventually(lambda: (row := database.task(id)) and row["attempt"] == 2)
     assert database.wait(id)["state"] == "DONE"
