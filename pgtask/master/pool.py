@@ -251,13 +251,14 @@ class Pool:
     ) -> "Looking | None":
         """Have an idle worker look for the single row that is due, and begin it; `made` tells what it then has.
 
-        With `fork`, or else a new one, for whom a session must be ready: it looks while he is forked. None if there is
-        nobody who can. Whoever asks must `hear`.
+        With `fork`, or else, where none is busy (with a group that may be full), a new one, for whom a session must be
+        ready: it looks while he is forked. None if there is nobody who can. Whoever asks must `hear`.
         """
         handle = self.idle(client)
         if handle is None:
-            place = fork and not self._next and self._places() > 0 and client not in self._pauses
-            return self._fork_to_look(client, look, made) if place else None
+            busy = any(h.state is State.BUSY for h in self.of(client))
+            may = fork and not (busy or self._next) and self._places() > 0 and client not in self._pauses
+            return self._fork_to_look(client, look, made) if may else None
         if not handle.channel.send(look):
             return None
         until = None if handle.linger is None else handle.linger.when()
