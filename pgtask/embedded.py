@@ -531,11 +531,11 @@ def _processes() -> dict[int, tuple[int, str]]:
     if not Path("/proc/self/stat").exists():
         return _processes_by_ps()
     found = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
+    for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            fields = entry.read_text("utf-8", "replace").rpartition(")")[2].split()
+            fields = (entry / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
             if fields[0] not in "ZX":
-                found[int(entry.parent.name)] = (int(fields[1]), fields[19])
+                found[int(entry.name)] = (int(fields[1]), fields[19])
     return found
 
 

@@ -216,11 +216,11 @@ def _create(made: Stand) -> None:
 
 def _sessions() -> Iterator[tuple[int, int]]:
     """Every process that is no zombie, and the session it belongs to."""
-    for entry in Path("/proc").glob("[0-9]*/stat"):
+    for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            state, _, _, session = entry.read_text("utf-8", "replace").rpartition(")")[2].split()[:4]
+            state, _, _, session = (entry / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()[:4]
             if state not in "ZX":
-                yield int(entry.parent.name), int(session)
+                yield int(entry.name), int(session)
 
 
 def _title(pid: int | str) -> str:
