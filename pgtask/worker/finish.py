@@ -113,7 +113,7 @@ class Finisher:
         """The backend that began the run; another than the session's when that one had to be terminated."""
         self._pace = Pace(cheap=CHEAP)
         self._opened = Steps()  # what stands behind the input in the stream
-        self._saved = False  # our savepoint is there: the stream has ended behind it
+        self._saved = (0, 0)  # the run (id, attempt) whose stream has ended behind our savepoint
 
     def open(self, task: Task, limit: Step | None, want: Want) -> None:
         """Send a run's input, alone or behind the end of the one before, and behind it what its end begins with.
@@ -132,14 +132,15 @@ class Finisher:
         self._add_look(self._opened, task, want, "look")
         self.session.stream(steps.steps, self._opened.steps)
 
-    def break_off(self, outcome: Outcome) -> Outcome:
+    def break_off(self, task: Task, outcome: Outcome) -> Outcome:
         """End the stream behind an input that ended well; what stands behind that may have been cancelled in its place.
 
         Raises SessionLost.
         """
         failure = self.session.end_stream(timeout=None)
-        self._saved = failure is None or self._opened.names[failure.step] not in ("constraints", "savepoint")
-        if failure is None or (self._saved and failure.code != "57014"):
+        saved = failure is None or self._opened.names[failure.step] not in ("constraints", "savepoint")
+        if failure is None or (saved and failure.code != "57014"):
+            self._saved = (task.id, task.attempt)
             return outcome
         return outcome._replace(errors=(read_error(failure.result),))
 
@@ -169,9 +170,9 @@ class Finisher:
             outcome = _too_long(outcome)
         verdict = self.verdict(task, outcome)
         if self.session.streams and (not outcome.ok or silent(task, verdict)):
-            outcome = self.break_off(outcome)
+            outcome = self.break_off(task, outcome)
             verdict = self.verdict(task, outcome)
-        saved, self._saved = self._saved and outcome.ok, False
+        saved = outcome.ok and self._saved == (task.id, task.attempt)
         inside = outcome.ok and (self.session.streams or saved or self.session.in_transaction)
         return self._finish(_Attempt(task, verdict, want, inside=inside, copied=task.copied, again=saved))
 

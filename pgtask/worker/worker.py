@@ -604,7 +604,7 @@ class Worker:
     def _end(self, task: Task, outcome: Outcome) -> list[Task]:
         cancelled = self.limits.cancelled
         if cancelled and self.session.streams:
-            outcome = self.finisher.break_off(outcome)
+            outcome = self.finisher.break_off(task, outcome)
         if cancelled == "stop":
             self.finisher.note_stop(task, outcome)
             return []

@@ -72,13 +72,18 @@ def test_worker_begins_it_and_the_master_takes_nothing(talkative: Database, mast
 
     def begun_by_worker() -> bool:
         lingering(talkative, one)
-        before = len(said(talkative, "pgtask master"))
-        row = talkative.wait(talkative.insert("SELECT 1", delete=False, group="other", max=3))
-        falls_asleep(talkative)
-        taken = [text for text in said(talkative, "pgtask master")[before:] if "'TAKE'" in text]
-        return not taken and row["attempt"] == 1
+        return begins_untaken(talkative)
 
     eventually(begun_by_worker)
+
+
+def begins_untaken(database: Database) -> bool:
+    """Is a task begun that the master, who sleeps, has not taken?"""
+    before = len(said(database, "pgtask master"))
+    row = database.wait(database.insert("SELECT 1", delete=False, group="other", max=3))
+    falls_asleep(database)
+    taken = [text for text in said(database, "pgtask master")[before:] if "'TAKE'" in text]
+    return not taken and row["attempt"] == 1
 
 
 def warm(database: Database) -> bool:
@@ -96,11 +101,7 @@ def test_new_worker_begins_it_and_the_master_takes_nothing(talkative: Database, 
 
     def begun_by_worker() -> bool:
         eventually(lambda: not one.workers() and warm(talkative))
-        before = len(said(talkative, "pgtask master"))
-        row = talkative.wait(talkative.insert("SELECT 1", delete=False, group="other", max=3))
-        falls_asleep(talkative)
-        taken = [text for text in said(talkative, "pgtask master")[before:] if "'TAKE'" in text]
-        return not taken and row["attempt"] == 1
+        return begins_untaken(talkative)
 
     eventually(begun_by_worker)
 

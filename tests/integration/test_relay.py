@@ -347,6 +347,22 @@ def test_stop_hits_the_run_that_it_is_of(group: Group, how: str) -> None:
     assert group.did() == [1, 3]
 
 
+def test_stop_of_a_run_that_ends_well_all_the_same_is_not_the_next_ones_business(own: Group) -> None:
+    own.ledger()
+    own.function(
+        "swallows",
+        "BEGIN PERFORM pg_advisory_xact_lock_shared(7000); EXCEPTION WHEN query_canceled THEN NULL; END;"
+        " RETURN does(2);",
+    )
+    with held(own.database):
+        a, b, c = own.insert("SELECT does(1)", "SELECT swallows()", "SELECT does(3)")
+        eventually(lambda: runs_waiting(own.database))
+        own.database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [b])
+        rows = [own.database.wait(id) for id in (a, b, c)]
+    assert [row["state"] for row in rows] == ["DONE", "STOP", "DONE"]
+    assert own.did() == [1, 3]
+
+
 def test_whoever_changes_the_row_that_runs_and_then_the_next_meets_no_deadlock(group: Group) -> None:
     with group.database.connect(autocommit=False) as session:
         with held(group.database):
