@@ -67,7 +67,7 @@ class Group:
 def base(server: AnyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One master for most of the module; a worker for each run of a group, so that none lets nothing follow for what
     another test has left in its session."""
-    with served(server, tmp_path_factory.mktemp("relay"), more="[master]\nlinger = 0") as one:
+    with served(server, tmp_path_factory.mktemp("stream"), more="[master]\nlinger = 0") as one:
         yield one
 
 
@@ -513,7 +513,7 @@ def test_backend_that_is_killed_while_the_next_runs_costs_that_run_only(own: Gro
 
 @pytest.mark.parametrize(
     ("pattern", "answer"),
-    [(b"SET CONSTRAINTS ALL IMMEDIATE", b"COMMIT\0"), (b"pgtask_relayed", b"\1pgtask_relayed\0")],
+    [(b"SET CONSTRAINTS ALL IMMEDIATE", b"COMMIT\0"), (b"pgtask_streamed", b"\1pgtask_streamed\0")],
     ids=["of the end", "of the next"],
 )
 def test_answers_that_do_not_arrive_cost_the_worker_and_not_its_group(
@@ -527,7 +527,7 @@ def test_answers_that_do_not_arrive_cost_the_worker_and_not_its_group(
     with held(database):
         ledger.fill(1, groups=1, input="SELECT enters() FROM pg_advisory_xact_lock_shared(7000)")
         eventually(lambda: runs_waiting(database))
-        ledger.fill(3, groups=1, input="SELECT enters() AS pgtask_relayed")
+        ledger.fill(3, groups=1, input="SELECT enters() AS pgtask_streamed")
         trap = proxy.trap(pattern, answer=answer, name="pgtask worker", deaf=True)
     assert trap.sprung.wait(20)
     ledger.settled(60)
