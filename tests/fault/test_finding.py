@@ -30,7 +30,7 @@ def lingering(database: Database, one: Master, workers: int = 1) -> int:
     with held(database):
         for number in range(workers):
             database.insert(WAIT, group=f"first {number}")
-        wait_runs(database, workers)
+            wait_runs(database, number + 1)  # one look that sees more than one, and the next ones are the master's
     eventually(lambda: [idle(worker) for worker in one.workers()] == [True] * workers)
     falls_asleep(database)
     return int(re.findall(r" worker=(\d+)", one.wait_log("worker_forked", workers)[0])[0])
