@@ -21,8 +21,9 @@ from pgtask.coming import Calendar
 from pgtask.config import TableConfig
 from pgtask.cron import Wrong
 from pgtask.errors import PgtaskError
+from pgtask.master.handles import Client, Fate, Taken
 from pgtask.master.outage import line
-from pgtask.master.pool import Client, Fate, Pool, Taken
+from pgtask.master.pool import Pool
 from pgtask.process import lowest_free
 from pgtask.store import Store
 from pgtask.telling import Telling

@@ -27,11 +27,12 @@ from pgtask.async_session import ANSWER, KEEPALIVES, AsyncSession, with_options
 from pgtask.config import TableConfig
 from pgtask.errors import PgtaskError
 from pgtask.master import maintenance
+from pgtask.master.handles import Fate, State, Taken
 from pgtask.master.history import History
 from pgtask.master.holds import Holds
 from pgtask.master.mender import Mender, Term
 from pgtask.master.outage import Outage
-from pgtask.master.pool import Fate, Pool, State, Taken
+from pgtask.master.pool import Pool
 from pgtask.master.reports import Reports
 from pgtask.master.sleeper import Sleeper
 from pgtask.master.taker import Taker
@@ -40,7 +41,8 @@ from pgtask.master.warm import Warm
 from pgtask.process import Children, Progress
 from pgtask.store import Store
 from pgtask.telling import Telling
-from pgtask.worker.worker import Ready, Spec
+from pgtask.worker.begin import Ready
+from pgtask.worker.worker import Spec
 
 STANDBY_GAP = 0.5
 """Seconds between the tries of a poller that stands by; never waiting in the server: that would hold back vacuum."""

@@ -7,20 +7,19 @@ ended by closing its channel: only here, so that an ending can never cross an as
 """
 
 import asyncio
-import contextlib
 import os
 import random
 import signal
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 from pgtask import log, metrics
 from pgtask.errors import LOST
+from pgtask.master.handles import Client, Fate, Handle, Looking, State, Taken
 from pgtask.process import (
     DOUBT,
     Cancel,
@@ -36,10 +35,10 @@ from pgtask.process import (
     Progress,
     Report,
     Room,
-    Run,
 )
+from pgtask.worker.begin import Asked, Ready
 from pgtask.worker.session import SessionLost
-from pgtask.worker.worker import HELD, Asked, Ready, Spec, Worker
+from pgtask.worker.worker import HELD, Worker
 
 MANY = 2000
 """Ids in one message: with them it is shorter than a packet may be."""
@@ -50,129 +49,6 @@ QUIET = 10.0
 
 ID = 8
 """The column of the id in what a worker has found, as in what a take answers."""
-
-LOOK_GAP = 0.05
-"""Seconds between looks at the session of a worker that does not answer."""
-
-DEAF = 6.0
-"""Seconds after which a worker that does not say what it has found, and whose session is busy, is killed: longer than
-that waits for locks."""
-
-
-class State(Enum):
-    """BUSY: has an assignment, is looking for one, or opening its session. ENDING: its channel is closed."""
-
-    BUSY = "busy"
-    IDLE = "idle"
-    ENDING = "ending"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Taken:
-    """A row that a poller took for a worker, and the number of the group's slot that it runs in.
-
-    `live` in seconds; 0 is no limit, as for `count`.
-    """
-
-    id: int
-    attempt: int
-    taker: int
-    term: int
-    lane: int
-    slot: int
-    max: int
-    count: int
-    live: float
-
-    def run(self) -> Run:
-        return Run(id=self.id, attempt=self.attempt, taker=self.taker, term=self.term, lane=self.lane, slot=self.slot)
-
-
-@dataclass(eq=False, kw_only=True)
-class Handle:
-    """A worker as the master knows it."""
-
-    client: "Client"
-    channel: Channel
-    pid: int = 0
-    state: State = State.BUSY
-    born: float = field(default_factory=time.monotonic)
-    runs: int = 0
-    assigned: Taken | None = None
-    backend: int | None = None
-    since: str | None = None  # when its backend started, as the server wrote it
-    lost: Lost | None = None
-    asked: bool = False  # told to make room
-    killed: bool = False  # by us, at the end of a stop
-    linger: asyncio.TimerHandle | None = None
-    looking: "Looking | None" = None  # it was told to look for itself, and has not answered
-    place: metrics.Place | None = None
-
-    def admits(self, taken: Taken) -> bool:
-        """May this worker run it, by the row's `count` and `live`?"""
-        age = time.monotonic() - self.born
-        return (not taken.count or self.runs < taken.count) and (not taken.live or age < taken.live)
-
-    def owns(self, id: int, owners: Collection[tuple[int, int]]) -> bool:
-        """Is one of the runs that the row has now this worker's, or about to be?"""
-        if any(backend == self.backend for backend, _ in owners):
-            return True
-        mine = self.assigned
-        if mine is None or mine.id != id:
-            return False
-        return self.backend is None or (mine.taker, mine.attempt) in owners
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fate:
-    """How a worker of a client ended: its backend if it had one, since when, its unfinished assignment, and why.
-
-    `interrupted`: by our stop, which must cost its run nothing. `felled`: by a crash of the server that another's
-    task may have caused. `looking`: it may have begun a row that nobody knows of.
-    """
-
-    backend: int | None
-    since: str | None
-    assigned: Taken | None
-    why: str
-    opened: bool
-    clean: bool
-    interrupted: bool = False
-    felled: bool = False
-    looking: bool = False
-
-
-@dataclass(kw_only=True)
-class Looking:
-    """A worker was asked to look: where its answer goes, what it then has, and how long it is kept if nothing.
-
-    It begins nothing later than `by` (time.monotonic()). `forked`: for this. `over`: nobody waits for it, since it was
-    too late.
-    """
-
-    handle: Handle
-    answer: "asyncio.Future[list[Any] | None]"
-    made: Callable[[Sequence[Any]], Taken]
-    by: float
-    lingers_until: float | None
-    forked: bool = False
-    over: bool = False
-
-
-class Client(Protocol):
-    """A poller, as the pool sees it."""
-
-    @property
-    def spec(self) -> Spec: ...
-    @property
-    def run_limit(self) -> int: ...
-    def ready(self) -> Ready | None: ...
-    def on_reopened(self) -> None: ...
-    def on_idle(self, taken: Taken | None, begun: bool) -> None: ...
-    def on_finished(self, ids: list[int]) -> None: ...
-    def on_end(self, fate: Fate) -> None: ...
-    def on_progress(self, progress: Progress) -> None: ...
-    def wake(self) -> None: ...
 
 
 class Pool:
@@ -248,11 +124,11 @@ class Pool:
 
     def have_look(
         self, client: Client, look: Look, made: Callable[[Sequence[Any]], Taken], *, fork: bool
-    ) -> "Looking | None":
+    ) -> Looking | None:
         """Have an idle worker look for the single row that is due, and begin it; `made` tells what it then has.
 
         With `fork`, or else, where none is busy (with a group that may be full), a new one, for whom a session must be
-        ready: it looks while he is forked. None if there is nobody who can. Whoever asks must `hear`.
+        ready: it looks while he is forked. None if there is nobody who can. Whoever asks must hear it.
         """
         handle = self.idle(client)
         if handle is None:
@@ -265,51 +141,22 @@ class Pool:
         self._engage(handle)
         return self._looks(handle, look, made, lingers_until=until)
 
-    def _fork_to_look(self, client: Client, look: Look, made: Callable[[Sequence[Any]], Taken]) -> "Looking | None":
+    def _fork_to_look(self, client: Client, look: Look, made: Callable[[Sequence[Any]], Taken]) -> Looking | None:
         ready = client.ready()
         if ready is None:
             return None
         try:
-            ready = replace(ready, asked=Asked.by(look, ready, client.spec))
+            ready = replace(ready, asked=Asked.by(look, ready, client.spec.store, client.spec.encoding))
         except SessionLost:
             ready.session.close()
             return None
         handle = self._fork(client, None, ready=ready, look=look)
         return None if handle is None else self._looks(handle, look, made, lingers_until=None, forked=True)
 
-    def _looks(self, handle: Handle, look: Look, made: Callable[[Sequence[Any]], Taken], **more: Any) -> "Looking":
+    def _looks(self, handle: Handle, look: Look, made: Callable[[Sequence[Any]], Taken], **more: Any) -> Looking:
         answer = asyncio.get_running_loop().create_future()
         handle.looking = Looking(handle=handle, answer=answer, made=made, by=look.by, **more)
         return handle.looking
-
-    async def hear(self, looking: "Looking", at_rest: Callable[[int | None], Awaitable[bool]]) -> list[Any] | None:
-        """What the worker has found.
-
-        None if he does not answer and his session is `at_rest`, since it is too late for what he was told; one whose
-        session is not, and who still does not, is killed.
-        """
-        answer, loop = looking.answer, asyncio.get_running_loop()
-        deaf_at = loop.time() + DEAF
-        try:
-            await asyncio.wait((answer,), timeout=max(0.0, looking.by - time.monotonic()))
-            while not answer.done() and loop.time() < deaf_at:
-                if await at_rest(looking.handle.backend):
-                    looking.over = True
-                    return None
-                await asyncio.wait((answer,), timeout=LOOK_GAP)
-        except Exception:  # not when the master leaves at once: then the worker ends what it has begun
-            if not answer.done():
-                self._kill_looker(looking.handle)
-            raise
-        if not answer.done():
-            self._kill_looker(looking.handle)
-            return None
-        return answer.result()
-
-    def _kill_looker(self, handle: Handle) -> None:
-        log.error("worker_killed", worker=handle.pid, table=handle.client.spec.label)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(handle.pid, signal.SIGKILL)
 
     def looking(self, client: Client) -> bool:
         """Is there a worker of the client that may have begun what we know nothing of?"""
@@ -420,9 +267,8 @@ class Pool:
     def kill_all(self) -> None:
         """The last resort of a bounded stop: workers that did not end although they were told to."""
         for handle in self.handles.values():
-            log.error("worker_killed", worker=handle.pid, table=handle.client.spec.label)
             handle.killed = True
-            os.kill(handle.pid, signal.SIGKILL)
+            handle.kill()
 
     def killed(self, client: Client) -> list[int]:
         """The backends of the workers that we have killed and not yet seen end."""

@@ -7,8 +7,8 @@ import asyncio
 import math
 import time
 
+from pgtask.master.handles import Client
 from pgtask.master.mender import Term
-from pgtask.master.pool import Client
 from pgtask.process import Progress
 from pgtask.store import Store
 

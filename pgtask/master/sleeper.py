@@ -14,7 +14,8 @@ from typing import Any
 
 from pgtask.async_session import AsyncSession, event_or_timeout
 from pgtask.config import TableConfig
-from pgtask.master.pool import Client, Pool
+from pgtask.master.handles import Client
+from pgtask.master.pool import Pool
 from pgtask.master.taker import Batch, Taker
 from pgtask.store import Store
 

@@ -16,9 +16,10 @@ from typing import Any
 from pgtask import log, metrics
 from pgtask.config import TableConfig
 from pgtask.master.backlog import Backlog, Place
+from pgtask.master.handles import Client, Looking, Taken
 from pgtask.master.holds import Holds
 from pgtask.master.mender import Mender, Term
-from pgtask.master.pool import Client, Looking, Pool, Taken
+from pgtask.master.pool import Pool
 from pgtask.pace import Pace
 from pgtask.process import Look, lowest_free
 from pgtask.store import Store
@@ -437,7 +438,7 @@ class Taker:
         async def at_rest(backend: int | None) -> bool:
             return bool((await self._term.session.one(self._store.text("resting"), backend, asked.until))[0])
 
-        row = await self._pool.hear(asked.looking, at_rest)
+        row = await asked.looking.hear(at_rest)
         if self._mender.uncertain:
             raise Uncertain
         if asked.looking.forked and (row is None or row[8] is None):

@@ -18,9 +18,10 @@ import psycopg
 
 from pgtask import cron, log
 from pgtask.config import TableConfig
+from pgtask.master.handles import Client
 from pgtask.master.mender import Term, lost
 from pgtask.master.outage import line
-from pgtask.master.pool import Client, Pool
+from pgtask.master.pool import Pool
 from pgtask.store import Store
 from pgtask.telling import Telling
 

@@ -20,9 +20,10 @@ from psycopg import OperationalError, pq
 
 from pgtask import log
 from pgtask.async_session import event_or_timeout, until_ready
+from pgtask.worker.begin import Ready
 from pgtask.worker.ours import Fresh, Ours, Steps, explain, own_text
 from pgtask.worker.session import Session, Step
-from pgtask.worker.worker import OPEN_TIMEOUT, Ready, Spec
+from pgtask.worker.worker import OPEN_TIMEOUT, Spec
 
 OLDEST = 3600.0
 """Seconds after which an idle session is replaced: what the server does at a login may have changed unseen."""

@@ -14,7 +14,6 @@ tried again outside of it.
 """
 
 import json
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -28,9 +27,9 @@ from pgtask.coming import Calendar, Coming
 from pgtask.cron import Wrong
 from pgtask.errors import PASSING
 from pgtask.output import Error, statement_line
-from pgtask.pace import Pace
 from pgtask.store import Task
 from pgtask.telling import Telling
+from pgtask.worker.following import LOOK, NEXT, Following, Want, look_of
 from pgtask.worker.ours import PATIENCE, PLAIN, TIDY, Ours, Steps, array, param
 from pgtask.worker.run import Outcome, read_error, transcode
 from pgtask.worker.session import SessionLost, StatementFailed, Step
@@ -40,18 +39,6 @@ LONGEST = (1 << 30) - (1 << 20)
 
 LOUD = 5
 """Failures in a row after which a person must act: the row keeps its slot until the server takes its end."""
-
-SLOW = 0.02
-"""Seconds after which a finish, with which no next task came, is taken for a look that has read many dead entries."""
-
-CHEAP = 0.001
-"""Seconds that a full look for the group's next task may cost without being paced."""
-
-NEXT = ("next", "next_below", "next_after", "next_batch", "next_batch_after")
-"""Statements that take the group's next task."""
-
-LOOK = ("look", "look_below", "look_after")
-"""Statements that find it before the run has been finished; `switch` takes what they have found."""
 
 LOST_CODES = ("40001", "40P01")
 REMOVING = ("remove", "remove_done")
@@ -82,21 +69,6 @@ class Verdict(NamedTuple):
     notice: bytes | None = None
 
 
-class Want(NamedTuple):
-    """Whether the group's next task is wanted, and what decides if this worker may take it."""
-
-    next: bool
-    runs: int
-    age: float
-    term: int
-    lane: int
-    slot: int
-    below: bool  # rows of a greater max are planned for later
-    batch: int = 1  # how many that share a transaction
-    mark: bytes | None = None  # of the settings, when it is time to see whether they have changed
-    follow: Callable[[Task], bool] | None = None  # opens it behind the commit, if it may stand there
-
-
 class Finisher:
     """Ends the runs of one session of a worker, and tells the log of those that failed.
 
@@ -111,7 +83,7 @@ class Finisher:
         self._trying = trying
         self.owner = ours.session.pid
         """The backend that began the run; another than the session's when that one had to be terminated."""
-        self._pace = Pace(cheap=CHEAP)
+        self.following = Following(ours)
         self._opened = Steps()  # what stands behind the input in the stream
         self._saved = (0, 0)  # the run (id, attempt) whose stream has ended behind our savepoint
 
@@ -129,7 +101,7 @@ class Finisher:
         self._opened = Steps()
         self._opened.own("constraints", "savepoint")
         self._ours.add(self._opened, clean=True, sure=False)
-        self._add_look(self._opened, task, want, "look")
+        self.following.add_look(self._opened, task, want)
         self.session.stream(steps.steps, self._opened.steps)
 
     def break_off(self, task: Task, outcome: Outcome) -> Outcome:
@@ -214,7 +186,7 @@ class Finisher:
         steps = Steps()
         steps.names += self._opened.names
         steps.steps += self._opened.steps
-        wanted = want.next and _look_of(self._opened.names) != ""
+        wanted = want.next and look_of(self._opened.names) != ""
         end = (task.id, task.attempt, verdict.state, *texts, self.owner, self._ours.fresh.since, wanted)
         self._ours.task(steps, "switch", *end)
         self._ours.commit_and_tidy_up(steps)
@@ -234,9 +206,9 @@ class Finisher:
             self.session.end_stream(timeout=None)
             raise
         following: list[Task] = []
-        if want.next and (look := _look_of(opened)):
-            following = self._taken(look, results[opened.index(look)])
-        self._unfound(following, sent)
+        if want.next and (look := look_of(opened)):
+            following = self.following.taken(look, results[opened.index(look)])
+        self.following.found(following, sent)
         goes_on = bool(following) and want.follow is not None and want.follow(following[0])
         failure: StatementFailed | None = None
         try:
@@ -260,18 +232,13 @@ class Finisher:
         when nobody knows.
         """
         sent = time.monotonic()
-        step = _look_of(steps.names)
+        step = look_of(steps.names)
         results = self._ours.commit(steps, timeout=timeout)
-        following = self._taken(step, results[steps.names.index(step)]) if step else []
+        following = self.following.taken(step, results[steps.names.index(step)]) if step else []
         if failed:
             self._tell(failed, results[steps.names.index("settle")])
-        self._unfound(following, sent)
+        self.following.found(following, sent)
         return following
-
-    def _unfound(self, following: Sequence[Task], sent: float) -> None:
-        """A look that finds nothing cannot say what it has cost."""
-        if not following and time.monotonic() - sent > SLOW:
-            self._pace.looked(time.monotonic() - sent)
 
     def _tell(self, failed: Sequence[tuple[Task, Verdict]], settled: PGresult) -> None:
         verdicts = {task.id: (task, verdict) for task, verdict in failed}
@@ -353,7 +320,7 @@ class Finisher:
             self._ours.task(steps, "remove_done", task.id, task.attempt, self.owner)
         if attempt.refused is not None:
             self._ours.task(steps, "refused", task.id, task.attempt, attempt.refused)
-        self.add_next(steps, task, attempt.want)
+        self.following.add_next(steps, task, attempt.want)
         steps.own("commit")
         if not task.save:
             self._ours.tidy_up(steps)
@@ -362,32 +329,6 @@ class Finisher:
     def write(self, steps: Steps, name: str, rows: Sequence[tuple[bytes | None, ...]]) -> None:
         """Add a statement for the ends of several runs, of each its `columns`."""
         self._ours.task(steps, name, self.owner, len(rows), *map(array, zip(*rows, strict=True)))
-
-    def add_next(self, steps: Steps, task: Task, want: Want) -> None:
-        """Add what takes the next of the group, after this task."""
-        self._add_look(steps, task, want, "next")
-
-    def _add_look(self, steps: Steps, task: Task, want: Want, look: str) -> None:
-        if not want.next or task.max < 0:
-            return
-        if want.mark is not None:
-            self._ours.task(steps, "fresh", want.mark)
-        since, remote = self._ours.fresh.since, task.remote or b""
-        # How old the worker will be when it looks is not known before the run.
-        age = math.inf if look == "look" else want.age
-        who = (since, task.group, remote, want.runs, age, want.term, want.lane, want.slot)
-        place = (task.max, task.plan, task.id)
-        before = (task.id,) if look == "look" else ()
-        if want.batch > 1 and self._pace.ready:
-            self._ours.task(steps, "next_batch", *who, want.batch)
-        elif want.batch > 1:
-            self._ours.task(steps, "next_batch_after", *who, want.batch, *place)
-        elif not self._pace.ready:
-            self._ours.task(steps, f"{look}_after", *who, task.id, task.max, task.plan)
-        elif want.below:
-            self._ours.task(steps, f"{look}_below", *who, *before)
-        else:
-            self._ours.task(steps, look, *who, *before)
 
     def _add_repeat(self, steps: Steps, attempt: "_Attempt") -> None:
         if attempt.copied is None or attempt.refused is not None:
@@ -415,17 +356,6 @@ class Finisher:
         notices = (attempt.verdict.notice, param(coming.notice))
         notice = b"\n".join(text for text in notices if text is not None) or None
         return replace(attempt, coming=coming, verdict=attempt.verdict._replace(notice=notice))
-
-    def _taken(self, step: str, result: PGresult) -> list[Task]:
-        """The tasks that the statement took, in their order."""
-        if not result.ntuples:
-            return []
-        if not step.endswith("_after"):
-            self._pace.looked(float(result.get_value(0, result.nfields - 1) or 0) / result.ntuples)
-        rows = list(range(result.ntuples))
-        if len(rows) > 1:  # in the order of their numbers
-            rows.sort(key=lambda row: int(result.get_value(row, result.nfields - 2) or 0))
-        return [Task.read(result, row) for row in rows]
 
     def _failed(self, attempt: "_Attempt", name: str, failure: StatementFailed, failures: int) -> "_Attempt | None":
         """What to try after `name` failed; None when the row is not ours any more."""
@@ -606,11 +536,6 @@ def columns(
     """The end of a run as the statements take it that write several. Without `start` it is the row's own, without
     `stop` now."""
     return b"%d" % task.id, b"%d" % task.attempt, verdict.state.encode(), start, stop, *verdict[1:]
-
-
-def _look_of(names: Sequence[str]) -> str:
-    """The step that finds the group's next task, "" where there is none."""
-    return next((name for name in names if name in NEXT or name in LOOK), "")
 
 
 def silent(task: Task, verdict: Verdict) -> bool:

@@ -17,7 +17,8 @@ from psycopg import pq
 
 from pgtask import metrics
 from pgtask.store import Task
-from pgtask.worker.finish import Finisher, Want, columns, silent
+from pgtask.worker.finish import Finisher, columns, silent
+from pgtask.worker.following import Want
 from pgtask.worker.ours import PATIENCE, Ours, Steps
 from pgtask.worker.progress import swallow
 from pgtask.worker.run import Limits, Outcome, Transcript, execute, watcher
@@ -106,7 +107,7 @@ class Shared:
             finisher.write(steps, "settle", rows)
         if removed:
             finisher.write(steps, "remove_all", removed)
-        finisher.add_next(steps, self.ends[-1].task, want)
+        finisher.following.add_next(steps, self.ends[-1].task, want)
         steps.own("commit")
         self._ours.tidy_up(steps)
         try:

@@ -10,11 +10,9 @@ expiry cannot race with an assignment. If the master is gone, the run in hand is
 Exit status: 0 done, 1 the session was lost or could not be opened; anything else is a crash.
 """
 
-import math
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -32,7 +30,6 @@ from pgtask.process import (
     Cancel,
     Channel,
     Finished,
-    Found,
     Idle,
     Look,
     Lost,
@@ -48,13 +45,16 @@ from pgtask.process import (
 )
 from pgtask.store import Store, Task
 from pgtask.telling import Telling
-from pgtask.worker.finish import Finisher, Want
-from pgtask.worker.ours import PATIENCE, Fresh, Ours, Steps, explain, own_text
+from pgtask.worker.begin import Beginner, Ready
+from pgtask.worker.finish import Finisher
+from pgtask.worker.following import Want
+from pgtask.worker.ours import PATIENCE, Fresh, Ours, Steps, own_text
 from pgtask.worker.progress import Reporter
 from pgtask.worker.remote import Remote
 from pgtask.worker.run import PREFIX, Limits, Outcome, execute, readable, receive
 from pgtask.worker.session import Session, SessionLost, StatementFailed, Step
 from pgtask.worker.shared import GRACE, Shared, Unshared
+from pgtask.worker.turn import Turn
 from pgtask.worker.ways import REFUSED, Ways
 
 MASTERS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -75,20 +75,6 @@ OPEN_TIMEOUT = 60.0
 OUTDATED = 1.0
 """Seconds after which a worker that goes from task to task makes sure that its session's settings are still those of a
 new one."""
-
-SOON, BELOW = 0.02, 1.0
-"""A worker that gets a task of its group within so many seconds after it has found none looks below what is planned for
-later, for so many seconds."""
-
-WEIGHT = 0.3
-"""Of the last run, in how long the next one is expected to take."""
-
-SHORTEST = 0.00005
-"""Seconds that a run takes at least."""
-
-MOMENT, TURN = 0.01, 10
-"""A worker goes on with its group for so many seconds although others wait, or three times as long if it has not run so
-many tasks: a change of the group costs as much as some of them."""
 
 QUIET = 0.05
 """Seconds without a word after which an idle worker gets ready for what it has never been asked for."""
@@ -117,46 +103,6 @@ class Spec:
     batch_time: float
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Ready:
-    """A session and what a worker must know of it."""
-
-    session: Session
-    fresh: Fresh
-    asked: "Asked | None" = None
-
-    @property
-    def since(self) -> str:
-        """When its backend started."""
-        return self.fresh.since.decode()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What a Look asks for has been sent already: the steps, and the answers that are to come."""
-
-    steps: Steps
-    waiting: Sequence[bytes | None]
-
-    @classmethod
-    def by(cls, look: Look, ready: Ready, spec: Spec) -> "Asked":
-        """Send it, without waiting, on a session that nothing has been done with. Raises SessionLost."""
-        ours = Ours(ready.session, spec.store, spec.encoding)
-        ours.fresh = ready.fresh
-        steps = Steps()
-        steps.own("open")
-        ours.add(steps, clean=False, sure=False)
-        _add_find(ours, steps, look)
-        if ready.session.spoken:
-            raise SessionLost("ended")
-        try:
-            waiting = ready.session.send_pipeline(steps.steps)
-            ready.session.pgconn.flush()
-        except OperationalError as error:
-            raise SessionLost(ready.session.last_words()) from error
-        return cls(steps=steps, waiting=waiting)
-
-
 class Worker:
     """The process's whole state. It may be forked with something to do, and a session that the master has opened."""
 
@@ -165,31 +111,22 @@ class Worker:
         self.ready = ready
         self.channel = channel
         self.watch = Watch(channel)
-        self.born = time.monotonic()
-        self.runs = 0
-        self.term = 0
-        self.lane = self.slot = 0  # where we run: the group's key, and the number of the slot that is ours
-        self.idle_at = self.below_until = 0.0
+        self.turn = Turn(spec.batch_time)
         self.hand: deque[Task] = deque()  # rows that are ours and to be run next
         self.running: frozenset[int] = frozenset()  # ids of the run that is going on, or of those that share
         self.named = 0  # the id whose settings the session has
-        self.each = 0.0  # seconds that a run is expected to take
         self.limits = Limits()
         self.doing = self.what = ""  # as ps shows it
         self.assigned = word
         self.asked = None if ready is None else ready.asked
         self.practised = False  # has the session the plan of what a Look asks for?
-        self.entered = 0.0  # when we were given the group that we are in
-        self.turn = 0  # how many runs we had had by then
-        self.until = math.inf  # others wait: take nothing more of it from then on
         self.reporting = False  # the master wants to know what has ended
         self.ended: list[int] = []  # what has, last
         self.owed = False  # some of it could not be told
         self.leaving = False  # take nothing more at all
         self.interrupted = False  # cancel the run in hand and give it back
         self.ways = Ways()
-        self.vain = 0  # assignments in a row that could not be begun
-        self.refusal = ""  # why the last begin failed, "" when it did not
+        self.beginner = Beginner(self._open)
         self.reporter = Reporter(self.limits, spec.encoding, lambda percent, message: None)  # of the run that goes on
         self.remote = Remote(self.watch, spec.encoding, password=spec.remote_password, heed=self._heed)
 
@@ -257,7 +194,8 @@ class Worker:
         self.ours.fresh = ready.fresh
         self.finisher = Finisher(self.ours, self.spec.telling, self._wants_to_leave, self._show_try)
         self.marked_at = time.monotonic()
-        self.limited = self.saved = self.practised = False
+        self.beginner.use(self.ours)
+        self.limited = self.practised = False
 
     def _show_try(self, number: int) -> None:
         """The end of a run could not be written."""
@@ -267,10 +205,6 @@ class Worker:
         self._look()
         return self.leaving
 
-    def _settings_mark(self) -> bytes:
-        """What tells the settings that a new session would have from those of another time."""
-        return self.ours.transaction("mark").get_value(0, 0) or b""
-
     def _serve(self) -> None:
         while (word := self._await_word()) is not None:
             if isinstance(word, Look):
@@ -278,9 +212,9 @@ class Worker:
                 if first is None:
                     continue
             else:
-                self._enter(word.term, word.lane, word.slot)
+                self.turn.enter(word.term, word.lane, word.slot)
                 self._show("beginning", f" {word.id}")
-                first = self._begin(word)
+                first = self.beginner.begin(word)
             begun = first is not None
             if first is not None:
                 self.hand.append(first)
@@ -288,19 +222,12 @@ class Worker:
                 metrics.begun(first)
             while self.hand:
                 self._go_on()
-            self.idle_at = time.monotonic()
+            self.turn.over()
             if not self.leaving:
-                self.until = math.inf
+                self.turn.forget_others()
                 if self.owed:
                     self._report()
-                self.channel.send(Idle(runs=self.runs, begun=begun), patience=PATIENCE)
-
-    def _enter(self, term: int, lane: int, slot: int) -> None:
-        """The group and slot of an assignment. If we have just found nothing there, it was below what comes first."""
-        now = time.monotonic()
-        if lane == self.lane and now - self.idle_at < SOON:
-            self.below_until = now + BELOW
-        self.term, self.lane, self.slot, self.entered, self.turn = term, lane, slot, now, self.runs
+                self.channel.send(Idle(runs=self.turn.runs, begun=begun), patience=PATIENCE)
 
     def _await_word(self) -> Run | Look | None:
         """The next assignment; None when the master wants no more of us, or is gone."""
@@ -311,66 +238,22 @@ class Worker:
             if self.watch.wait(self.session.pgconn.socket, timeout=None if self.practised else QUIET, listen=True):
                 self._drain()
             elif not (self.practised or self.watch.heard):
-                self._practise()
+                self.practised = True
+                self.beginner.practise()
             self._look()
         word, self.assigned = self.assigned, None
         return None if self.leaving and self.asked is None else word
 
-    def _practise(self) -> None:
-        """Have the session plan what a Look asks for while nobody waits for it."""
-        self.practised = True
-        text = self.ours.encode(self.spec.store.text("find"))
-        prepare = self._opened()
-        prepare.add("find", Step(text, only_prepare=True))
-        prepare.own("commit")
-        if self._tried(prepare):
-            plan = self._opened()
-            plan.add("plan", explain(self.session, text))
-            plan.own("commit")
-            self._tried(plan)
-
     def _find(self, look: Look) -> Task | None:
         """Begin the row that is due, if there is one that may start, and tell the master what there is."""
-        found = self._ask(look) if self.asked or time.monotonic() < look.by else None
-        task = Task.read(found) if found is not None and found.get_value(0, 0) is not None else None
-        if task is None:
-            self.until = math.inf
-        row: list[Any] | None = None
-        if found is not None:
-            values = ((found.get_value(0, column) or b"").decode() for column in range(24, 30))
-            lane, seen, now, cost, place, next = values
-            row = [int(seen), 0, now, None, float(cost), place, -(1 << 63), float(next) if next else None]
-            if task is None:
-                row += [None] * 7
-            else:
-                self._enter(look.term, int(lane), lowest_free(dict(look.used).get(int(lane), ())))
-                row += [task.id, task.attempt - 1, False, int(lane), task.max, 0, 0.0]
-        self.channel.send(Found(row=row), patience=PATIENCE)
-        return task
-
-    def _ask(self, look: Look) -> PGresult | None:
         asked, self.asked = self.asked, None
-        if asked is None:
-            steps = self._opened()
-            _add_find(self.ours, steps, look)
+        task, lane, found = self.beginner.find(look, asked)
+        if task is None:
+            self.turn.forget_others()
         else:
-            steps = asked.steps
-        results = self._tried(steps, asked)
-        return results[steps.names.index("find")] if results else None
-
-    def _tried(self, steps: Steps, asked: Asked | None = None) -> Sequence[PGresult]:
-        """The results, or none: what fails here the master does himself."""
-        try:
-            if asked is not None:
-                return self.session.answers(asked.waiting, timeout=PATIENCE)
-            return self.session.pipeline(steps.steps, timeout=PATIENCE)
-        except StatementFailed as failure:
-            if failure.code == "26000":
-                self.session.forget_statements()
-            log.debug("look_failed", code=failure.code, error=str(failure))
-            self.saved = True
-            self.ours.rewind(save=True)
-            return ()
+            self.turn.enter(look.term, lane, lowest_free(dict(look.used).get(lane, ())))
+        self.channel.send(found, patience=PATIENCE)
+        return task
 
     def _drain(self) -> None:
         """Something came from an idle session: a notice, a changed parameter, or its end."""
@@ -387,7 +270,7 @@ class Worker:
                 case Run() | Look():
                     self.assigned = message
                 case Room(now=now):
-                    self.until = 0.0 if now else min(self.until, self.entered + MOMENT)
+                    self.turn.make_room(now=now)
                 case Report(on=on):
                     self.reporting = on
                     self._report()  # it was committed after the master began to ask, maybe
@@ -410,68 +293,6 @@ class Worker:
             message = Finished(ids=[] if self.owed else self.ended)
             self.owed = not self.channel.send(message, patience=0.0 if self.owed else STALLED)
 
-    def _begin(self, run: Run) -> Task | None:
-        """Make the assigned row ours, durably, so that a run that kills its backend is counted.
-
-        One that is not to be had goes back to the master, who soon takes it again unless it was stopped or the term
-        is over: a user's trigger may refuse it for ever. So the pause after such ones in a row grows.
-        """
-        task = self._try_to_begin(run) or self._begin_anew(run)
-        self.vain = 0 if task is not None else self.vain + 1
-        if self.vain > 1:
-            time.sleep(min(2.0, 0.02 * 2 ** min(self.vain, 10)))
-        return task
-
-    def _begin_anew(self, run: Run) -> Task | None:
-        """A session older than an ALTER ROLE or ALTER DATABASE ... SET begins nothing: another one in its place."""
-        if self._settings_mark() == self.ours.fresh.mark:
-            return None
-        log.debug("session_outdated", backend=self.session.pid)
-        self.session.close()
-        self._open()
-        return self._try_to_begin(run)
-
-    def _try_to_begin(self, run: Run) -> Task | None:
-        for pause in (0.1, 0.5, 2.0, None):
-            steps = self._opened()
-            begin = (self.ours.fresh.since, run.id, run.taker, run.attempt, run.term, self.ours.fresh.mark)
-            self.ours.task(steps, "begin", *begin)
-            steps.own("commit")
-            try:
-                results = self.session.pipeline(steps.steps, timeout=PATIENCE)
-            except StatementFailed as failure:
-                if failure.code == "26000":
-                    self.session.forget_statements()
-                self.saved = True
-                self._begin_failed(run, failure)
-                if pause is not None:
-                    time.sleep(pause)
-                continue
-            begun = results[steps.names.index("begin")]
-            task = Task.read(begun) if begun.ntuples else None
-            if task is not None and self.refusal:
-                log.info("begin_recovered", id=run.id)
-                self.refusal = ""
-            return task
-        return None
-
-    def _opened(self) -> Steps:
-        """What a transaction of our own begins with."""
-        steps = Steps()
-        if not self.session.idle:
-            steps.own("rollback")
-        steps.own("open")
-        self.ours.add(steps, clean=False, sure=self.saved)
-        return steps
-
-    def _begin_failed(self, run: Run, failure: StatementFailed) -> None:
-        """Say it once for each reason, until a begin succeeds."""
-        if failure.code != self.refusal:
-            changed = f"{failure}: a trigger may have changed the state or pid that was written"
-            error = changed if failure.code == "22012" else str(failure)
-            log.warning("begin_failed", id=run.id, code=failure.code, error=error)
-            self.refusal = failure.code
-
     def _go_on(self) -> None:
         """Run what comes first in hand: together with others, or by itself."""
         if self.leaving and (len(self.hand) > 1 or self.hand[0].id != self.named):
@@ -479,7 +300,7 @@ class Worker:
         elif len(together := list(takewhile(self._admits, self.hand))) > 1:
             self._run_together(together)
         else:
-            if self.each > self.spec.batch_time:
+            if self.turn.each > self.spec.batch_time:
                 self._keep(1)
             task: Task | None = self.hand.popleft()
             if task is not None and task.id != self.named:
@@ -509,9 +330,7 @@ class Worker:
         self._show(RUNNING, f" {tasks[0].id} and {len(tasks) - 1} more in group {self._group(tasks[0])}")
         self.finisher.owner = self.session.pid
         started = time.monotonic()
-        shared = Shared(
-            self.ours, self.finisher, seconds=self.spec.batch_time, each=max(self.each, SHORTEST), tick=self._tick
-        )
+        shared = Shared(self.ours, self.finisher, seconds=self.spec.batch_time, each=self.turn.each, tick=self._tick)
         self.limits = shared.limits
         self.running = frozenset(task.id for task in tasks)
         try:
@@ -519,9 +338,9 @@ class Worker:
             self.running = frozenset()
             ended = len(shared.ends)
             each = (time.monotonic() - started) / max(1, ended + shared.apart)
-            self._took(each)
+            self.turn.took(each)
             metrics.ran(each, ended)
-            self.runs += ended
+            self.turn.runs += ended
             self._look()
             if ended:
                 following = shared.finish(self._want(also=len(self.hand) > ended, batch=shared.ends[-1].task.batch))
@@ -550,14 +369,11 @@ class Worker:
                 self._keep(1)
         self.hand += following
 
-    def _took(self, seconds: float) -> None:
-        self.each += WEIGHT * (seconds - self.each)
-
     def _run(self, task: Task) -> list[Task]:
         """Run one task to its end. Returns the group's next ones, already ours."""
         self.running = frozenset((task.id,))
         started = time.monotonic()
-        self.runs += 1
+        self.turn.runs += 1
         self._show(RUNNING if task.remote is None else REMOTE, f" {task.id} in group {self._group(task)}")
         self.limits = Limits(deadline=started + task.timeout_ms / 1000 if task.timeout_ms else None)
         self.reporter = Reporter(self.limits, self.spec.encoding, partial(self._tell, task))
@@ -581,12 +397,12 @@ class Worker:
         outcome = self._execute_or_bury(task)
         self.reporter.flush()
         seconds = time.monotonic() - started
-        self._took(seconds)
+        self.turn.took(seconds)
         metrics.ran(seconds)
         self._look()
         following = self._end(task, outcome)
         self._report(task.id)
-        self.saved = task.save  # what the task has set may still be
+        self.beginner.saved = task.save
         seconds = time.monotonic() - started
         if seconds > self.spec.telling.slow_run:
             self._tell_slow(task, outcome, seconds)
@@ -617,27 +433,15 @@ class Worker:
         return self.finisher.finish(task, outcome, want._replace(follow=self._follow))
 
     def _want(self, *, also: bool, batch: int, looks: bool = True, ahead: int = 0) -> Want:
-        """What of the group is wanted: nothing while there are others in hand `also`, at most `batch` together.
+        """What of the group is wanted: nothing while there are others in hand `also`.
 
-        `looks`: is it looked for with this? `ahead`: how many runs before it have not begun yet.
+        `looks`: is it looked for with this? Then it is seen, now and then, whether the session's settings still hold.
         """
-        late = time.monotonic() - self.until
-        short = self.until > 0 and self.runs - self.turn < TURN and late < 2 * MOMENT
-        next = not (self.leaving or also) and (late < 0 or short)
-        outdated = looks and next and time.monotonic() - self.marked_at > OUTDATED
-        if outdated:
-            self.marked_at = time.monotonic()
-        return Want(
-            next=next,
-            runs=self.runs + ahead,
-            age=time.monotonic() - self.born,
-            term=self.term,
-            lane=self.lane,
-            slot=self.slot,
-            below=time.monotonic() < self.below_until,
-            batch=min(batch, max(1, int(self.spec.batch_time / max(self.each, SHORTEST)))),
-            mark=self.ours.fresh.mark if outdated else None,
-        )
+        want = self.turn.want(more=not (self.leaving or also), batch=batch, ahead=ahead)
+        if not (looks and want.next and time.monotonic() - self.marked_at > OUTDATED):
+            return want
+        self.marked_at = time.monotonic()
+        return want._replace(mark=self.ours.fresh.mark)
 
     def _follow(self, task: Task) -> bool:
         """Open its run behind the end of the one before, if it may stand there."""
@@ -650,7 +454,7 @@ class Worker:
         """Does its run stand in a stream? One begins where a task comes right after another: more may follow."""
         if self.session.streams:
             return True
-        if self.runs - self.turn < 2 or not self.ours.streams or not self.ways.follows(task):
+        if self.turn.had < 2 or not self.ours.streams or not self.ways.follows(task):
             return False
         self._open_run(task, ahead=0)
         return True
@@ -763,19 +567,6 @@ def _timed_out(task: Task, outcome: Outcome) -> Outcome:
         context=outcome.errors[0].context,
     )
     return Outcome(output=outcome.output, errors=(error,), notice=outcome.notice, encoding=outcome.encoding)
-
-
-def _add_find(ours: Ours, steps: Steps, look: Look) -> None:
-    """Add what a Look asks for, and its commit."""
-    lanes = [lane for lane, numbers in look.used for _ in numbers]
-    fences = (look.term, ours.fresh.mark, look.until)
-    ours.task(steps, "find", look.now, _numbers(lanes), ours.fresh.since, *look.place, *fences)
-    steps.own("commit")
-
-
-def _numbers(values: Sequence[int]) -> str:
-    """The literal of an array."""
-    return f"{{{','.join(map(str, values))}}}"
 
 
 @lru_cache(maxsize=64)
