@@ -2,13 +2,13 @@
 
 Tables of the same database are filled with rows of each kind, and tasks are measured there in turns with an empty
 table. What a statement costs is the server's own word: log_min_duration_statement = 0 for the sessions of that master;
-each logged statement is known by its beginning in pgtask/sql.
+each logged statement is known by its text.
 """
 
 import re
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -18,12 +18,18 @@ from measure import pickup, tasks
 from measure.figure import Course, Figure, Outcome, subject
 from measure.ground import Ground
 from measure.tasks import Work
-from pgtask.store import statements
+from pgtask.objects import Names
 from storm.stand import Broken
 
 SPENT = re.compile(r"LOG:  duration: ([\d.]+) ms  (parse|bind|execute|statement)[^:]*: (.*)", re.DOTALL)
 QUICKLY = ("--stop-timeout", "1ms")
-HOT = ("take", "next")
+HOT = {
+    "find": ("find", "take_one"),
+    "take": ("take", "glance"),
+    "next": ("next", "next_below", "next_after"),
+}
+"""What finds a task that comes alone, what takes several, and a group's next one: by which statements."""
+
 PAUSE = 0.03
 
 FINISHED = """INSERT INTO {0} (plan, start, stop, state, pid, attempt, input, output, "group")
@@ -34,6 +40,7 @@ SELECT now() + interval '1 day' + n * interval '1 ms', 'SELECT 1', {2} FROM gene
 FULL = """INSERT INTO {0} (plan, input, "group", active)
 SELECT now() - interval '1 hour' + n * interval '1 ms', 'SELECT 1', 'full', '1 year'
 FROM generate_series(1, {1}) AS n"""
+PAIR = """INSERT INTO {0} (input, "group") VALUES ('SELECT 1', 'one'), ('SELECT 1', 'other')"""
 BLOCK = """INSERT INTO {0} (plan, input, "group", active)
 VALUES (now() - interval '1 day', 'SELECT pg_sleep(86400)', 'full', '1 year')"""
 
@@ -100,7 +107,7 @@ def flat(course: Course) -> Outcome:
                     there_too = _cost(course, ground, kind.table)
                     costs.append((empty, there_too))
                     _add(figures, there_too, empty)
-                if "take" in costs[0][1].statements:
+                if course.site.server is not None:
                     line = curves.setdefault(kind.name, [(0, median(one.statements["take"] for one, _ in costs))])
                     line.append((size, median(one.statements["take"] for _, one in costs)))
             ground.own(f"DROP TABLE {kind.table} CASCADE")
@@ -127,11 +134,10 @@ def _figures(outcome: Outcome, kind: Kind, size: int) -> dict[str, Figure]:
 
 def _add(figures: Mapping[str, Figure], there: Cost, empty: Cost) -> None:
     for name, figure in figures.items():
-        if name in HOT:
-            if name in there.statements and name in empty.statements:
-                figure.add(there.statements[name], empty.statements[name])
-        else:
+        if name not in HOT:
             figure.add(getattr(there, name), getattr(empty, name))
+        elif there.statements:
+            figure.add(there.statements[name], empty.statements[name])
 
 
 def _fill(ground: Ground, kind: Kind, rows: int) -> None:
@@ -151,9 +157,14 @@ def _cost(course: Course, ground: Ground, table: str) -> Cost:
         with ground.master(*QUICKLY, table=table):
             before = len(records())
             count = len(_starts(ground, table, course.size(30, 5)))
-            found = records()[before:]
-        if found:
-            made.statements, made.task = durations(found, count)
+            alone = records()[before:]
+            _pairs(ground, table, course.size(30, 5))
+            together = records()[before + len(alone) :]
+        if ground.site.server is not None:  # another's log is not ours to read
+            made.task = sum(float(said[1]) for said in said_in(alone)) / count
+            made.statements = {**durations(together, table), "find": durations(alone, table)["find"]}
+            if missing := HOT.keys() - made.statements.keys():
+                raise Broken(f"not in the server's log: {', '.join(sorted(missing))}")
     ground.own(f"DELETE FROM {table} WHERE id > {last}")
     ground.ask(f"VACUUM {table}")
     return made
@@ -183,27 +194,33 @@ def _rate(ground: Ground, table: str, count: int) -> float:
     return tasks.rate(ground, table, work, after=last)
 
 
-def durations(records: Sequence[str], count: int) -> tuple[dict[str, float], float]:
-    """What each known statement costs, and all of them for one task."""
-    known = {
-        text.split("{")[0]: name
-        for subject in ("poll", "run")
-        for name, text in statements(subject).items()
-        if "{" in text
-    }
+def _pairs(ground: Ground, table: str, count: int) -> None:
+    """Two tasks at once, which the master takes."""
+    last = ground.value(f"SELECT max(id) FROM {table}")
+    for _ in range(count):
+        ground.own(PAIR.format(table))
+        time.sleep(PAUSE)
+    ground.drained(table, after=last)
+
+
+def durations(records: Sequence[str], table: str) -> dict[str, float]:
+    """What each of HOT costs, in milliseconds; those that are not in the records are left out."""
+    store = Names(schema="public", table=table).store()
+    known = [(name, store.text(statement)) for name, statements in HOT.items() for statement in statements]
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    total = 0.0
-    for record in records:
-        if (said := SPENT.match(record)) is None or said[3].startswith("BEGIN;\nINSERT"):
-            continue  # the latter is the client's
-        total += float(said[1])
-        for beginning, name in known.items():
-            if len(beginning) > 20 and said[3].startswith(beginning):
+    for said in said_in(records):
+        for name, text in known:
+            if said[3].startswith(text):
                 times[name][said[2]].append(float(said[1]))
-    if not times:
-        raise Broken("no statement of pgtask's is in the server's log")
     # What is planned anew is planned when it is bound.
-    costs = {
+    return {
         name: sum(median(kinds[kind]) for kind in ("bind", "execute") if kinds[kind]) for name, kinds in times.items()
     }
-    return costs, total / count
+
+
+def said_in(records: Sequence[str]) -> Iterator[re.Match[str]]:
+    """Duration, kind and text of each statement that is not the client's."""
+    for record in records:
+        said = SPENT.match(record)
+        if said is not None and not said[3].startswith(("BEGIN;\nINSERT", "INSERT INTO task")):
+            yield said

@@ -15,15 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def test_a_quick_run_measures_both_sides_and_writes_ratios(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    command = [sys.executable, ROOT / "bench/bench.py", "throughput", "--quick", "--json", str(file)]
+    command = [sys.executable, ROOT / "bench/bench.py", "throughput", "flat", "--quick", "--json", str(file)]
     command += ["--pg", str(binaries().version)]
     done = subprocess.run(command, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240)
     assert done.returncode == 0, done.stdout
     assert "\x1b" not in done.stdout, "colours in a pipe"
     told = json.loads(file.read_text())
-    assert (told["quick"], told["trouble"], list(told["subjects"])) == (True, "", ["throughput"])
-    figures = told["subjects"]["throughput"]["figures"]
-    assert {figure["name"] for figure in figures} >= {"one group, max 0", "one group, max 1"}
+    assert (told["quick"], told["trouble"], list(told["subjects"])) == (True, "", ["throughput", "flat"])
+    figures = [figure for measured in told["subjects"].values() for figure in measured["figures"]]
+    names = {figure["name"] for figure in figures}
+    assert names >= {"one group, max 0", "one group, max 1"}
+    assert names >= {f"1,000 all of these: {hot}, in the server" for hot in ("find", "take", "next")}
+    [(nothing, _), (rows, cost)] = told["subjects"]["flat"]["curves"]["take"]["all of these"]
+    assert (nothing, rows) == (0, 1000)
+    assert cost > 0
     for figure in figures:
         assert figure["ours"] > 0
         assert figure["ratio"] == figure["ours"] / figure["reference"]
