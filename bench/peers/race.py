@@ -114,7 +114,7 @@ def peers(course: Course) -> Outcome:
                 pooled.setdefault(name, []).extend(latencies)
     outcome.curves["latency"] = {name: pickup.thinned(values) for name, values in pooled.items()}
     outcome.note(
-        "Latency: ours from before COMMIT, theirs from when the insert had returned, to the job's statement. All but "
+        "Latency: from when the insert had returned to the job's statement. All but "
         "pgtask run a job at least once: its work and the note that it is done commit apart."
     )
     return outcome
@@ -130,7 +130,7 @@ def _rates(ground: Ground, count: int) -> Mapping[str, float]:
 
 
 def _latencies(ground: Ground, count: int) -> list[float]:
-    """Milliseconds from before COMMIT to the first statement of the input, with a worker that lingers."""
+    """Milliseconds from when the insert had returned to the input's first statement, with a worker that lingers."""
     ground.own("TRUNCATE task")
     with ground.master(), psycopg.connect(ground.conninfo, autocommit=True) as client:
         pickup.insert(client, "task")
@@ -139,7 +139,7 @@ def _latencies(ground: Ground, count: int) -> list[float]:
         begun = time.monotonic()
         for number in range(count):
             time.sleep(max(0.0, begun + (number + 1) * GAP - time.monotonic()))
-            commits.update(pickup.insert(client, "task"))
+            commits.update({key: after for key, (_, after) in pickup.commit(client, "task").items()})
         ground.drained()
         moments = {key: first for key, _, first in ground.ask(pickup.STARTS)}
     return [(moments[key] - commit) * 1000 for key, commit in commits.items()]
