@@ -133,8 +133,7 @@ def test_idle_worker_that_hangs_is_passed_over(database: Database, master: Start
     """What it is told to look for it does not begin later, when another one has."""
     one = master("--linger", "60s", database.conninfo, tables=1)
     database.wait(database.insert("SELECT 1", delete=False))
-    [worker] = one.workers()
-    eventually(lambda: one.title(worker).endswith("idle"))
+    worker = one.worker("idle")
     falls_asleep(database)
     with frozen(worker):
         rows = [database.wait(database.insert("SELECT 1", group=group, delete=False)) for group in ("group", "other")]
@@ -201,7 +200,7 @@ def test_deposed_master_whose_worker_was_killed_stops_without_delay(
     one.may_log_errors = True
     ledger.fill(1, ms=300)
     eventually(lambda: database.tasks("state = 'WORK'"))
-    [worker] = one.workers()
+    worker = one.worker("running")
     with frozen(one.pid):
         database.admin_execute("SELECT pg_terminate_backend(%s)", [leader(database)])
         two.wait_log(r"\bleading\b")

@@ -352,7 +352,7 @@ def test_runs_without_an_owner(patient: Patient, master: Callable[..., Master]) 
     one.expect_exit, one.may_leave_rows = None, True
     with locks.held(database):
         id = database.insert(locks.WAIT)
-        pid = database.wait(id, "WORK")["pid"]
+        pid = database.wait_running(id)["pid"]
         for process in [one.pid, *one.workers()]:
             with suppress(ProcessLookupError):  # an idle one ends by itself without its master
                 os.kill(process, signal.SIGKILL)

@@ -371,7 +371,7 @@ def test_no_master_and_what_it_has_left_behind(database: Database, master: Calla
     database.wait(id, "DONE")
     with locks.held(database):
         running = database.insert(locks.WAIT)
-        database.wait(running, "WORK")
+        database.wait_running(running)
         one.expect_exit, one.may_leave_rows = None, True
         [backend] = database.execute("SELECT backend FROM task_master")[0]
         for pid in [one.pid, *one.workers()]:

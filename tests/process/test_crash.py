@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from tests.fixtures.database import Database
-from tests.fixtures.locks import WAIT, held
+from tests.fixtures.locks import WAIT, held, wait_runs
 from tests.fixtures.master import Master
 from tests.fixtures.processes import processes
 from tests.fixtures.wait import eventually
@@ -34,7 +34,7 @@ def test_worker_killed_while_running_is_noticed_at_once_and_its_task_runs_again(
     one.may_log_errors = True
     id = database.insert(ONCE, delete=False)
     pid = database.wait(id, "WORK")["pid"]
-    [worker] = one.workers()
+    worker = one.worker("running")
     os.kill(worker, SIGKILL)
     one.wait_log(rf"worker_ended worker={worker} .*SIGKILL")
     row = database.wait(id)  # a look for what was lost comes every hour
@@ -51,7 +51,7 @@ def test_lost_run_is_told_in_the_row_while_it_waits_and_runs_again(
     one.may_log_errors = True
     id = database.insert("SELECT pg_sleep(60)", delete=False)
     database.wait(id, "WORK")
-    [worker] = one.workers()
+    worker = one.worker("running")
     os.kill(worker, SIGKILL)
     row = eventually(lambda: (r := database.task(id)) and r["state"] == "WORK" and r["attempt"] == 2 and r)
     assert row["error"].startswith("LOST:  run 1 of 2")
@@ -69,8 +69,8 @@ def test_run_is_not_rescued_before_the_backend_of_the_dead_worker_is_gone(
     one.may_log_errors = True
     id = database.insert(ONCE, delete=False)
     pid = database.wait(id, "WORK")["pid"]
+    worker = one.worker("running")
     os.kill(pid, SIGSTOP)  # it cannot even hear that it is terminated
-    [worker] = one.workers()
     os.kill(worker, SIGKILL)
     one.wait_log("worker_ended .*SIGKILL")
     polls = database.connect()
@@ -93,7 +93,7 @@ def test_backend_of_a_dead_worker_is_ended_under_whatever_name_its_task_gave_it(
     )
     database.wait(id, "WORK")
     eventually(lambda: database.admin_execute("SELECT pid FROM pg_stat_activity WHERE application_name = 'other'"))
-    os.kill(one.workers()[0], SIGKILL)
+    os.kill(one.worker("running"), SIGKILL)
     assert database.wait(id)["state"] == "DONE"
 
 
@@ -105,7 +105,7 @@ def test_session_of_somebody_else_is_not_ended_with_a_dead_worker(
     mine = database.connect()
     id = database.insert(ONCE, delete=False)
     database.wait(id, "WORK")
-    os.kill(one.workers()[0], SIGKILL)
+    os.kill(one.worker("running"), SIGKILL)
     database.wait(id)
     assert mine.execute("SELECT 1").fetchone() == (1,)
 
@@ -160,7 +160,7 @@ def test_story_of_lost_runs_is_forgotten_when_a_run_ends_well(
     one.may_log_errors = True
     id = database.insert(ONCE, delete=False)
     database.wait(id, "WORK")
-    os.kill(one.workers()[0], SIGKILL)
+    os.kill(one.worker("running"), SIGKILL)
     row = database.wait(id)
     assert (row["state"], row["error"], row["code"], row["attempt"]) == ("DONE", None, None, 2)
 
@@ -172,7 +172,7 @@ def test_backend_that_is_ended_in_the_middle_of_a_statement_costs_one_run(
     database = own_database
     one = master(database.conninfo)
     id = database.insert(ONCE, delete=False)
-    pid = database.wait(id, "WORK")["pid"]
+    pid = database.wait_running(id)["pid"]
     if how == "kill -9":  # the server then ends every session and recovers
         os.kill(pid, SIGKILL)
     else:
@@ -198,8 +198,7 @@ def test_master_whose_session_is_ended_connects_again_and_disturbs_no_run(
     one = master("--linger", "1min", database.conninfo, tables=1)
     with held(database):
         id = database.insert(WAIT, delete=False)
-        database.wait(id, "WORK")
-        workers = one.workers()
+        worker = one.worker("running")
         query = (
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE application_name = 'pgtask master' AND datname = %s"
@@ -210,7 +209,7 @@ def test_master_whose_session_is_ended_connects_again_and_disturbs_no_run(
         assert database.wait(other)["state"] == "DONE"
     row = database.wait(id)
     assert (row["state"], row["attempt"]) == ("DONE", 1)
-    assert set(workers) <= set(one.workers())
+    assert worker in one.workers()
     assert len(one.logged("table_down")) == 1
     following = database.insert("SELECT 1", delete=False)
     assert database.wait(following)["state"] == "DONE"
@@ -224,8 +223,7 @@ def test_workers_of_a_killed_master_end_their_run_record_it_and_exit(
     with held(database):
         ids = [database.insert(f"{WAIT}, 'ended'", group=f"g{n}", delete=False) for n in range(3)]
         waiting = database.insert("SELECT 1", group="g0", delete=False)
-        for id in ids:
-            database.wait(id, "WORK")
+        wait_runs(database, 3)
         workers = one.workers()
         one.process.kill()
         one.process.wait()
@@ -246,7 +244,7 @@ def test_next_master_carries_on_beside_the_runs_of_the_killed_one(
     one.expect_exit = -SIGKILL
     with held(database):
         long = database.insert(WAIT, group="g", delete=False)
-        database.wait(long, "WORK")
+        database.wait_running(long)
         next_one = database.insert("SELECT 1", group="g", delete=False)
         one.process.kill()
         one.process.wait()
@@ -263,11 +261,9 @@ def test_next_master_rescues_what_died_with_the_killed_one(database: Database, m
     one = master(database.conninfo)
     one.expect_exit = -SIGKILL
     id = database.insert(ONCE, delete=False)
-    database.wait(id, "WORK")
-    workers = one.workers()
+    worker = one.worker("running")
     one.process.kill()
-    for worker in workers:
-        os.kill(worker, SIGKILL)
+    os.kill(worker, SIGKILL)
     one.process.wait()
     master(database.conninfo)
     row = database.wait(id)
@@ -301,7 +297,7 @@ def test_worker_killed_while_idle_costs_nothing(database: Database, master: Call
     one = master("--linger", "20s", database.conninfo, tables=1)
     one.may_log_errors = True
     database.wait(database.insert("SELECT 1", delete=False))
-    [worker] = one.workers()
+    worker = one.worker("idle")
     os.kill(worker, SIGKILL)
     one.wait_log(rf"worker_ended worker={worker}")
     row = database.wait(database.insert("SELECT 1", delete=False))
@@ -321,7 +317,7 @@ def test_worker_that_is_interrupted_gives_its_run_back(database: Database, maste
     one = master(database.conninfo)
     id = database.insert("SELECT pg_sleep(60)", delete=False)
     database.wait(id, "WORK")
-    [worker] = one.workers()
+    worker = one.worker("running")
     os.kill(worker, SIGINT)
     one.wait_log(rf"worker_ended worker={worker} .*exit status 0")
     row = database.wait(id, "WORK")

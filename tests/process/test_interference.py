@@ -184,7 +184,7 @@ def test_run_of_a_killed_master_that_is_stopped_is_cancelled_by_the_next_one(dat
     one.expect_exit = -SIGKILL
     ids = [database.insert("SELECT pg_sleep(60)", group=f"g{n}", delete=False) for n in range(2)]
     for id in ids:
-        database.wait(id, "WORK")
+        database.wait_running(id)
     one.stop(SIGKILL)
     database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [ids[0]])
     master(database.conninfo)
@@ -200,7 +200,7 @@ def test_stopped_run_whose_worker_dies_has_an_end_too(database: Database, master
     with held(database):
         id = database.insert(STUBBORN)
         database.wait(id, "WORK")
-        [worker] = one.workers()
+        worker = one.worker("running")
         database.execute("UPDATE task SET state = 'STOP' WHERE id = %s", [id])
         os.kill(worker, SIGKILL)
     eventually(lambda: (found := database.task(id)) and found["stop"])
@@ -231,7 +231,7 @@ def test_master_of_another_user_leaves_running_tasks_alone(database: Database, m
         with held(database, 7):
             input = "SELECT pg_advisory_lock(7); INSERT INTO effect VALUES (1)"
             id = database.insert(input, delete=False, atomic=False)
-            database.wait(id, "WORK")
+            database.wait_running(id)
             database.execute(f'GRANT ALL ON task, task_master, task_held, task_report, effect TO "{other}"')
             os.kill(killed.pid, SIGKILL)
             master("--no-create", database.server.conninfo(database.name, other))
@@ -261,7 +261,7 @@ def test_signals_of_the_masters_cost_a_worker_nothing(database: Database, master
     with held(database, 7):
         id = database.insert("SELECT pg_advisory_xact_lock(7), pg_sleep(0.2)", delete=False)
         database.wait(id, "WORK")
-        [worker] = one.workers()
+        worker = one.worker("running")
         for number in (SIGHUP, SIGQUIT, SIGUSR1):
             os.kill(worker, number)
     row = database.wait(id)

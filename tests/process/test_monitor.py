@@ -108,7 +108,7 @@ def test_page_counts_lost_runs_and_crashed_workers(
         id = database.insert(WAIT, delete=False)
         for attempt in (1, 2):
             eventually(lambda wanted=attempt: database.wait(id, "WORK")["attempt"] == wanted)
-            [worker] = one.workers()
+            worker = one.worker("running")
             os.kill(worker, SIGKILL)
         assert database.wait(id)["state"] == "FAIL"
     page = monitor.wait_value("pgtask_runs_given_up_total", 1)

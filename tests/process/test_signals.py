@@ -25,7 +25,7 @@ def ours(database: Database) -> list[tuple[object, ...]]:
 
 def long_run(database: Database, input: str = "SELECT pg_sleep(600)", **columns: object) -> int:
     id = database.insert(input, **{"delete": False, **columns})
-    database.wait(id, "WORK")
+    database.wait_running(id)
     return id
 
 
@@ -107,7 +107,7 @@ def test_run_that_catches_the_cancel_is_ended_and_its_row_is_not_left_in_work(
         "DO $$BEGIN LOOP BEGIN PERFORM pg_sleep(60); EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP; END$$",
         group="stubborn",
     )
-    database.wait(stubborn, "WORK")
+    database.wait_running(stubborn)
     since = time.monotonic()
     assert one.stop(SIGINT) == 0
     is_quick(since)
@@ -147,12 +147,12 @@ def test_quit_leaves_at_once_and_workers_record_their_runs_by_themselves(
     one = master(database.conninfo)
     with held(database):
         id = long_run(database, WAIT)
-        workers = one.workers()
+        worker = one.worker("running")
         assert one.stop(SIGQUIT) == 0
         assert database.task(id)["state"] == "WORK"  # type: ignore[index]
     row = database.wait(id)
     assert (row["state"], row["attempt"]) == ("DONE", 1)
-    eventually(lambda: not {p.pid for p in processes() if p.state != "Z"} & set(workers))
+    eventually(lambda: worker not in {p.pid for p in processes() if p.state != "Z"})
 
 
 def test_quit_during_a_gentle_stop_leaves_at_once(database: Database, master: Callable[..., Master]) -> None:
@@ -196,7 +196,7 @@ def test_worker_that_is_killed_during_a_stop_delays_it_by_nothing_and_its_row_is
     one = master(database.conninfo)
     one.may_log_errors = True
     id = long_run(database)
-    [worker] = one.workers()
+    worker = one.worker("running")
     one.signal(SIGTERM)
     one.wait_log("stopping")
     os.kill(worker, SIGKILL)
@@ -233,7 +233,7 @@ def test_term_to_a_worker_ends_it_after_its_run(database: Database, master: Call
     with held(database):
         id = long_run(database, WAIT)
         following = database.insert("SELECT 1", delete=False)
-        [worker] = one.workers()
+        worker = one.worker("running")
         os.kill(worker, SIGTERM)
     first, second = database.wait(id), database.wait(following)
     assert (first["state"], second["state"]) == ("DONE", "DONE")
@@ -244,8 +244,7 @@ def test_term_to_a_worker_ends_it_after_its_run(database: Database, master: Call
 def test_term_to_an_idle_worker_ends_it(database: Database, master: Callable[..., Master]) -> None:
     one = master("--linger", "20s", database.conninfo, tables=1)
     database.wait(database.insert("SELECT 1", delete=False))
-    [worker] = one.workers()
-    eventually(lambda: one.title(worker).endswith("idle"))
+    worker = one.worker("idle")
     os.kill(worker, SIGTERM)
     one.wait_log(rf"worker_ended worker={worker} .*exit status 0")
 

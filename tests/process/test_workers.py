@@ -180,7 +180,7 @@ def test_copy_of_much_data_needs_memory_in_proportion_to_its_output(
     id = database.insert("COPY (SELECT repeat('x', 99) FROM generate_series(1, 200000)) TO STDOUT", delete=False)
     [(size,)] = database.execute("SELECT octet_length(output) FROM task WHERE id = %s", [database.wait(id)["id"]])
     assert size == 20_000_000
-    [worker] = one.workers()
+    worker = one.worker("idle")
     [peak] = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{worker}/status").read_text())
     assert int(peak) * 1024 < 60_000_000 + 8 * size
     one.stop(SIGINT)
