@@ -94,7 +94,7 @@ WITH RECURSIVE instant AS MATERIALIZED (
     SELECT unnest($11::bigint[]) AS lane
 ), first AS MATERIALIZED (
     SELECT g.lane, f."group", f.remote, f.max, f.plan, f.id
-    FROM (TABLE walked UNION TABLE named) AS g
+    FROM ((TABLE walked LIMIT {few}) UNION ALL TABLE named) AS g
     CROSS JOIN LATERAL (
         {levels}
         SELECT d."group", d.remote, d.max, d.plan, d.id
@@ -109,7 +109,7 @@ WITH RECURSIVE instant AS MATERIALIZED (
         LIMIT 1
     ) AS f
 ), looked AS (
-    TABLE head UNION TABLE tail UNION TABLE first
+    (TABLE head LIMIT {few}) UNION (TABLE tail LIMIT {few}) UNION TABLE first
 {picked}
 {answer}
     (SELECT max(lane) FROM walked HAVING count(lane) >= $3::int) AS walked,

@@ -4,6 +4,10 @@
 -- ids these are, as an array. A plan that was made while the table was empty, as a queue is, and vacuumed, takes the table for the shortest of all
 -- lists and reads it to its end; with the array it cannot (or, where there are many, with the first and the last of them). Nothing makes that plan anew until the next ANALYZE.
 
+-- name: few — more rows than a take ever looks at ($3), as a number: the planner makes a hash table for as many as it expects,
+-- in a large table for hundreds of thousands
+1000
+
 -- name: lane — the key of a row's group in the indexes: short whatever the group's name is. Always rechecked against
 -- the text
 hashtextextended(t."group", hashtextextended(coalesce(t.remote, ''), 0))

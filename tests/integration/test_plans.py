@@ -4,7 +4,7 @@ Each kind of ballast is measured twice, the second time with eight times as much
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import psycopg
@@ -204,7 +204,12 @@ class Table:
             with self._cursor.connection.transaction(force_rollback=True):
                 row = self._cursor.execute(text.encode(), parameters).fetchone()
         plan = cast(tuple[Any], row)[0][0]["Plan"]
-        return int(plan["Shared Hit Blocks"]) + int(plan["Shared Read Blocks"])
+        return int(plan["Shared Hit Blocks"]) + int(plan["Shared Read Blocks"]) + _pages(plan)
+
+
+def _pages(node: Mapping[str, Any]) -> int:
+    """What its hash tables take of memory, in pages: they are as large as the planner thinks that they must be."""
+    return int(node.get("Peak Memory Usage", 0)) // 8 + sum(map(_pages, node.get("Plans", ())))
 
 
 def measured(server: AnyServer, ballast: str, *, planned_empty: bool = False) -> Iterator[Costs]:
