@@ -29,6 +29,7 @@ from pgtask.objects import (
     ROUTINES,
     SIDES,
     STATES,
+    STORAGE,
     TRIGGERS,
     UNIQUE,
     Column,
@@ -55,6 +56,9 @@ CREATING = re.compile("CREATE (TYPE|TABLE|(UNIQUE )?INDEX|SEQUENCE|OR REPLACE (F
 
 ALTERING = re.compile("ALTER TABLE|CREATE (UNIQUE )?INDEX|CREATE OR REPLACE TRIGGER|DROP (TRIGGER|INDEX)")
 """Changes that need the right to alter the table, where it is there already."""
+
+STORING = re.compile(r"ALTER TABLE .* SET \((autovacuum|vacuum)_", re.DOTALL)
+"""A change of storage parameters."""
 
 WRONG = (psycopg.IntegrityError, psycopg.ProgrammingError, psycopg.DataError, psycopg.NotSupportedError)
 """What the database says when a change is impossible there, and not only just now."""
@@ -88,6 +92,7 @@ class Facts:
     kind: str = "r"  # r a table, p a partitioned one
     owner: str | None = None  # of the table
     partition: bool = False
+    storage: frozenset[str] = frozenset()  # parameters of the table that somebody has set
     may_make_schema: bool = True
     may_create: bool = True  # in the schema
     may_alter: bool = True  # the table
@@ -121,12 +126,13 @@ class Change:
     @property
     def optional(self) -> bool:
         """A table is served as well without it."""
-        return self.sql.startswith(("COMMENT ON COLUMN", "COMMENT ON TABLE"))
+        return self.sql.startswith(("COMMENT ON COLUMN", "COMMENT ON TABLE")) or STORING.match(self.sql) is not None
 
 
 async def look(conn: AsyncConnection[Any], names: Names) -> Facts:
     """Read what is there. Raises Refused; the connection's search_path must be the server's own."""
-    [(schema, labels, oid, kind, partition, owner, *may)] = await _all(conn, "relation", names.schema, names.table)
+    [relation] = await _all(conn, "relation", names.schema, names.table)
+    schema, labels, oid, kind, partition, owner, storage, *may = relation
     sides: dict[str, frozenset[str]] = {}
     denied: list[str] = []
     for side in SIDES:
@@ -156,6 +162,7 @@ async def look(conn: AsyncConnection[Any], names: Names) -> Facts:
         kind=kind or "r",
         owner=owner,
         partition=bool(partition),
+        storage=frozenset(storage),
         may_make_schema=may[0],
         may_create=may[1],
         may_alter=may[2],
@@ -277,6 +284,7 @@ def _table_changes(facts: Facts, names: Names, defaults: Mapping[str, str], *, w
     else:
         yield from _column_changes(facts, names, defaults)
         yield from _key_changes(facts, names)
+        yield from _storage_changes(facts, names)
     yield from _index_changes(facts, names)
     for side in SIDES:
         if side.suffix not in facts.sides:
@@ -358,6 +366,14 @@ def _key_changes(facts: Facts, names: Names) -> Iterator[Change]:
         yield Change(what="add primary key (id)", sql=f"ALTER TABLE {names.task} ADD PRIMARY KEY (id)")
     elif not facts.id_unique:
         yield Change(what=f"create unique index {names.derived('id')}", sql=f"CREATE UNIQUE {index}")
+
+
+def _storage_changes(facts: Facts, names: Names) -> Iterator[Change]:
+    """Parameters that nobody has set; a value of the user's own stays. A partitioned table can have none."""
+    missing = [name for name in STORAGE if name not in facts.storage]
+    if missing and facts.kind == "r" and facts.may_alter:
+        text = f"ALTER TABLE {names.task} SET ({objects.storage(missing)})"
+        yield Change(what=f"set {', '.join(missing)}", sql=text)
 
 
 def _index_changes(facts: Facts, names: Names) -> Iterator[Change]:

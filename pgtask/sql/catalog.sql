@@ -1,13 +1,14 @@
 -- What the database has of the objects of a task table (schema.py). Read with the server's own search_path, and only
 -- what is ours by its name: what a user's is called may not even be text in our encoding.
 
--- name: relation — schema, the labels of the type state ({} if it is no enum), the table and its owner; may we create a
--- schema here, create in the schema, alter the table. $1 schema, $2 table
+-- name: relation — schema, the labels of the type state ({} if it is no enum), the table, its owner and the names of its
+-- storage parameters; may we create a schema here, create in the schema, alter the table. $1 schema, $2 table
 SELECT n.oid IS NOT NULL,
     (SELECT ARRAY(SELECT e.enumlabel::text FROM pg_enum AS e WHERE e.enumtypid = t.oid ORDER BY e.enumsortorder)
      FROM pg_type AS t
      WHERE t.typnamespace = n.oid AND t.typname = 'state'),
     c.oid, c.relkind::text, c.relispartition, pg_get_userbyid(c.relowner)::text,
+    ARRAY(SELECT split_part(o.text, '=', 1) FROM unnest(c.reloptions) AS o (text)),
     has_database_privilege(current_database(), 'CREATE'),
     coalesce(has_schema_privilege(n.oid, 'CREATE'), true), coalesce(pg_has_role(c.relowner, 'USAGE'), true)
 FROM (SELECT 1) AS one

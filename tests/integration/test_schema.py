@@ -230,6 +230,54 @@ def test_comment_of_the_users_own_stays(database: Database) -> None:
     ) == [("order number",)]
 
 
+STORAGE = {"autovacuum_vacuum_scale_factor=0.01", "vacuum_index_cleanup=on"}
+STORED = "SELECT reloptions FROM pg_class WHERE oid = 'task'::regclass"
+
+
+def test_table_is_vacuumed_as_a_queue(database: Database) -> None:
+    install(database)
+    [(options,)] = database.execute(STORED)
+    assert set(options) == STORAGE
+
+
+def test_table_that_was_there_is_vacuumed_as_a_queue_but_where_the_user_has_said_otherwise(database: Database) -> None:
+    database.execute(f"{SHORT} WITH (autovacuum_vacuum_scale_factor = 0.3, fillfactor = 70)")
+    assert "set vacuum_index_cleanup" in install(database)
+    [(options,)] = database.execute(STORED)
+    assert set(options) == {"autovacuum_vacuum_scale_factor=0.3", "fillfactor=70", "vacuum_index_cleanup=on"}
+    assert install(database) == []
+
+
+def test_table_is_served_without_that_where_nothing_may_be_changed(
+    database: Database, master: Callable[..., Master]
+) -> None:
+    install(database)
+    database.execute("ALTER TABLE task RESET (vacuum_index_cleanup)")
+    master("--no-create", database.conninfo, tables=1)
+    assert database.wait(database.insert("SELECT 1", delete=False))["state"] == "DONE"
+    assert database.execute(STORED) == [(["autovacuum_vacuum_scale_factor=0.01"],)]
+
+
+def test_vacuum_removes_the_index_entries_of_a_few_dead_rows_among_many(database: Database) -> None:
+    """Left to itself the server passes over them, and each look for a group's next task goes through them all."""
+    install(database)
+    database.execute("ALTER TABLE task DISABLE TRIGGER USER, SET (autovacuum_enabled = off)")
+    insert = "INSERT INTO task (state, input, \"group\") SELECT '{}', 'SELECT 1', 'g' FROM generate_series(1, {})"
+    database.execute(insert.format("DONE", 100_000))
+    database.execute(insert.format("PLAN", 1500))
+    database.execute("UPDATE task SET state = 'DONE' WHERE state = 'PLAN'")
+    [next] = database.execute(insert.format("PLAN", 1) + " RETURNING id")
+    database.execute("VACUUM task")
+    key = Names(schema="public", table="task").store().text("next").partition(" = $7")[0].rpartition(" AND ")[2]
+    look = f"SELECT t.id FROM task AS t WHERE state = 'PLAN' AND {key} = (SELECT {key} FROM task AS t WHERE id = %s)"
+    look += " ORDER BY max DESC, plan, id LIMIT 1"
+    session = database.connect()
+    for setting in ("enable_seqscan", "enable_sort", "enable_bitmapscan"):
+        session.execute(f"SET {setting} = off".encode())
+    plan = session.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {look}".encode(), next).fetchall()[0][0]
+    assert plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"] < 20
+
+
 def test_id_without_a_default_counts_on_from_the_greatest(database: Database) -> None:
     database.execute("CREATE TABLE task (id bigint PRIMARY KEY, input text)")
     database.execute("INSERT INTO task VALUES (41, 'SELECT 1')")
