@@ -162,9 +162,7 @@ def _cost(course: Course, ground: Ground, table: str) -> Cost:
             together = records()[before + len(alone) :]
         if ground.site.server is not None:  # another's log is not ours to read
             made.task = sum(float(said[1]) for said in said_in(alone)) / count
-            made.statements = {**durations(together, table), "find": durations(alone, table)["find"]}
-            if missing := HOT.keys() - made.statements.keys():
-                raise Broken(f"not in the server's log: {', '.join(sorted(missing))}")
+            made.statements = durations(together, table, "take", "next") | durations(alone, table, "find")
     ground.own(f"DELETE FROM {table} WHERE id > {last}")
     ground.ask(f"VACUUM {table}")
     return made
@@ -203,15 +201,17 @@ def _pairs(ground: Ground, table: str, count: int) -> None:
     ground.drained(table, after=last)
 
 
-def durations(records: Sequence[str], table: str) -> dict[str, float]:
-    """What each of HOT costs, in milliseconds; those that are not in the records are left out."""
+def durations(records: Sequence[str], table: str, *names: str) -> dict[str, float]:
+    """What these of HOT cost, in milliseconds. Raises Broken for what is not in the records."""
     store = Names(schema="public", table=table).store()
-    known = [(name, store.text(statement)) for name, statements in HOT.items() for statement in statements]
+    known = [(name, store.text(statement)) for name in names for statement in HOT[name]]
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for said in said_in(records):
         for name, text in known:
             if said[3].startswith(text):
                 times[name][said[2]].append(float(said[1]))
+    if missing := [name for name in names if name not in times]:
+        raise Broken(f"not in the server's log: {', '.join(missing)}")
     # What is planned anew is planned when it is bound.
     return {
         name: sum(median(kinds[kind]) for kind in ("bind", "execute") if kinds[kind]) for name, kinds in times.items()

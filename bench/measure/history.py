@@ -106,5 +106,5 @@ def _phase(ground: Ground, arguments: tuple[str, ...], more: Callable[[int, Mast
             until(lambda: not ground.value(pickup.LEFT, [list(commits)]), "tasks do not end")
         found = records()
     starts = [(start - commits[id]) * 1000 for id, start in ground.ask(STARTS, [list(commits)])]
-    found_by = durations(found, "task")["find"] if ground.site.server is not None else None
+    found_by = durations(found, "task", "find")["find"] if ground.site.server is not None else None
     return Seen(starts=starts[1:], find=found_by, seconds=seconds)
