@@ -5,6 +5,9 @@ that we sleep, and notifies; granted, he holds it until his rows can be seen, an
 So after a look that found nothing the lock is taken, and only what is looked at in new statements after that counts:
 everything that was due at one instant, and the next moment that is planned after it. Then there is nothing to do until
 that moment, or until somebody calls: a notification, a worker, a signal.
+
+A walk through all groups that is dear lasts too long for one instant. Between its pieces the lock is held just so: what
+comes in calls, and what was there before is found by the walk.
 """
 
 import asyncio
@@ -50,6 +53,7 @@ class Sleeper:
         self._wake = asyncio.Event()
         self._asleep = False  # we hold the lock that says so
         self._still = False  # and there is nothing but to wait
+        self._listens = False  # or not all was looked at since: we walk
         self._instant: Any = None  # when we got it, until everything was looked at since
         self._told = False  # a notification has come since
         self._found_at = 0.0  # when a look last found something (time.monotonic())
@@ -61,7 +65,7 @@ class Sleeper:
     def begin(self, session: AsyncSession, oid: int) -> None:
         """Awake, in a new session."""
         self._session, self._oid = session, oid
-        self._asleep, self._instant = False, None
+        self._asleep, self._instant, self._listens = False, None, False
 
     def wake(self) -> None:
         self._wake.set()
@@ -94,14 +98,15 @@ class Sleeper:
         """Take; once asleep everywhere, and all of it for the same instant, after which the next moment is read."""
         used = time.process_time()
         self._used, self._cpu = used - self._cpu, used
-        if not self.config.wake or (self._instant is None and not self._taker.sure):
+        if not self.config.wake or not (self._instant is not None or self._taker.sure or self._listens):
             await self._rise()
         if not self._asleep:
             self._taker.stir()
         begins = not self._taker.walking
-        batch = await self._taker.take(self._instant, full=self._asleep)
-        self._instant = batch.now if self._asleep and batch.more else None
-        if begins and self._asleep and batch.more:  # what is planned next does not wait for the end of the walk
+        asleep = self._asleep and not self._listens
+        batch = await self._taker.take(self._instant, full=asleep)
+        self._instant = batch.now if asleep and batch.more else None
+        if begins and asleep and batch.more:  # what is planned next does not wait for the end of the walk
             asyncio.get_running_loop().call_later(batch.next - time.monotonic(), self.wake)
         return batch
 
@@ -113,8 +118,12 @@ class Sleeper:
             await self._go_on(batch)
         elif not batch.more:
             self._empty += 1
+            if self._listens:
+                await self._rise()
             await self._settle(batch)
-        elif not self._asleep or self._wake.is_set():
+        elif self.config.wake and not batch.left and (self._listens or not self._taker.sure):
+            await self._listen(batch)
+        elif self._listens or not self._asleep or self._wake.is_set():
             await self._rise()
             await self.wait(self._at_most(self._taker.gap))
 
@@ -123,7 +132,7 @@ class Sleeper:
         now = time.monotonic()
         alone, self._found_at = now - self._found_at > LONGEST_GAP, now
         self._empty = self._vain = 0
-        if alone and self._asleep and not (batch.left or batch.more):
+        if alone and self._asleep and not (self._listens or batch.left or batch.more):
             self._told = False
             await self._sleep_until_next(batch)
         else:
@@ -161,6 +170,22 @@ class Sleeper:
         elif not self._taker.sure or not await self._fall_asleep():
             await self.wait(min(pause, LONGEST_GAP))
 
+    async def _listen(self, batch: Batch) -> None:
+        """Nothing was found, and the walk goes on when it may: until then whoever inserts calls."""
+        if not self._asleep:  # what came before we have the lock is looked for once we have it
+            self._told = False
+            self._listens = self._asleep = (await self._session.one(self._store.text("lock_asleep"), self._oid))[0]
+            if self._listens:
+                self._taker.stir()  # what came while we were awake said nothing
+            else:
+                await self.wait(self._at_most(self._taker.gap))
+        elif self._told:
+            await self._doze()
+        else:
+            self._listens, self._instant = True, None
+            walk_at = max(self._taker.ready_at, time.monotonic() + self._taker.gap)
+            await self._wait_until(batch.next, walk_at, *self._taker.moments())
+
     async def _fall_asleep(self) -> bool:
         """Take the ASLEEP lock: the next look, in new statements, misses nothing. False if an insert is in flight."""
         self._told = False
@@ -173,7 +198,7 @@ class Sleeper:
     async def _rise(self) -> None:
         """From now on inserts cost no notification."""
         if self._asleep:
-            self._asleep, self._instant = False, None
+            self._asleep, self._instant, self._listens = False, None, False
             await self._session.one(self._store.text("unlock_asleep"), self._oid)
 
     async def _sleep_until_next(self, batch: Batch) -> None:
@@ -182,12 +207,16 @@ class Sleeper:
         The lock stays ours: what wakes us may turn out to be nothing.
         """
         await self._taker.expire()
-        since = time.monotonic()
         self._still = True
         try:
-            await self.wait(self._seconds_left(batch.next, *self._taker.moments()))
+            await self._wait_until(batch.next, *self._taker.moments())
         finally:
             self._still = False
+
+    async def _wait_until(self, *moments: float) -> None:
+        """For the first of the moments, or what else must be looked at, or a call."""
+        since = time.monotonic()
+        await self.wait(self._seconds_left(*moments))
         if time.monotonic() - since > LONGEST_GAP:
             self._vain = 0
 

@@ -122,6 +122,7 @@ class Taker:
         self._named_pace = Pace(cheap=CHEAP)  # of looks at lanes by name
         self._known_holds = 0  # how often they had changed when the last take looked
         self._walk_from: int | None = None  # the lane where the next take goes on; None: from the first
+        self._hasty = True  # is there reason to believe that a walk will find something?
         self._filled = False  # did the last take find as many as there were workers for?
         self._found_behind = False  # has the last look behind the backlog found anything?
         self._begun = False  # by a worker, what the last take found
@@ -149,6 +150,7 @@ class Taker:
         """What is due anywhere is to be seen by a take soon."""
         self._backlog.forget()
         self._walk_from, self._left = None, False
+        self._hasty = True
 
     def stir(self) -> None:
         """There may be more that is due, of which nobody need have told us."""
@@ -175,6 +177,11 @@ class Taker:
     def sure(self) -> bool:
         """Will the next take see all that is due, be it that it looks everywhere?"""
         return self._pace.ready or self._backlog.place is not None
+
+    @property
+    def ready_at(self) -> float:
+        """When it may look everywhere, or walk on (time.monotonic())."""
+        return self._pace.until
 
     @property
     def gap(self) -> float:
@@ -346,7 +353,9 @@ class Taker:
         if (known := self._backlog.place is not None) is not behind:
             self._crowded = 0
         if everywhere and not new:
-            self._pace.looked(cost, cheap=0.0 if known else CHEAP)
+            hasty = self._hasty or first or bool(batch.rows)
+            self._pace.looked(cost, cheap=CHEAP if hasty and not known else 0.0)
+            self._hasty = self._hasty and self._walk_from is not None
         return replace(batch, left=left, more=self.walking)
 
     def _conclude(self, seen: tuple[Any, ...], taken: Collection[int], *, left: bool, first: bool) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tests.fixtures.catalog import install
 from tests.fixtures.database import Database
-from tests.fixtures.locks import passes, transactions
+from tests.fixtures.locks import asleep, passes, transactions
 from tests.fixtures.master import Master
 from tests.fixtures.processes import cpu_seconds
 from tests.fixtures.wait import eventually
@@ -69,6 +69,34 @@ def test_stranger_who_floods_the_channel_costs_few_looks_and_delays_nobody(
         stranger.execute(f"NOTIFY {name}".encode())
         id = talkative.insert("SELECT 1", delete=False)
         assert talkative.wait(id)["state"] == "DONE"
+
+
+def test_long_walk_through_groups_costs_few_looks_and_delays_nobody(
+    talkative: Database, master: Callable[..., Master]
+) -> None:
+    """Behind a group that is full. Between the pieces of the walk the master waits, and whoever inserts calls."""
+    master("--safety", "1h", talkative.conninfo, tables=1)
+    talkative.wait(talkative.insert("SELECT pg_sleep(86400)", group="full"), "WORK")
+    talkative.execute(
+        """INSERT INTO task (input, "group", plan)
+        SELECT 'SELECT 1', 'later ' || n, now() + interval '1 day' FROM generate_series(1, 30000) AS n"""
+    )
+    talkative.execute("INSERT INTO task (input, \"group\") SELECT 'SELECT 1', 'full' FROM generate_series(1, 500)")
+    passes(1.0)
+    backend = eventually(lambda: asleep(talkative))
+    before, used, since = looks(talkative), cpu_seconds(backend), time.monotonic()
+    passes(2.0)
+    assert cpu_seconds(backend) - used < 0.12 * (time.monotonic() - since)
+    walked = looks(talkative) - before
+    assert walked > 0
+    assert eventually(lambda: asleep(talkative)) == backend
+    for number in range(5):
+        id = talkative.insert("SELECT 1", group=f"other {number}", delete=False)
+        assert talkative.wait(id)["state"] == "DONE"
+    passes(0.5)  # it has not ended yet
+    after = looks(talkative)
+    eventually(lambda: looks(talkative) > after)
+    talkative.execute("DELETE FROM task")
 
 
 def test_many_tables_that_are_polled_cost_less_than_half_a_core(
