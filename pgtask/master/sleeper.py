@@ -183,8 +183,9 @@ class Sleeper:
             await self._doze()
         else:
             self._listens, self._instant = True, None
+            await self._taker.expire()
             walk_at = max(self._taker.ready_at, time.monotonic() + self._taker.gap)
-            await self._wait_until(batch.next, walk_at, *self._taker.moments())
+            await self._wait_until(batch.next, walk_at)
 
     async def _fall_asleep(self) -> bool:
         """Take the ASLEEP lock: the next look, in new statements, misses nothing. False if an insert is in flight."""
@@ -209,14 +210,14 @@ class Sleeper:
         await self._taker.expire()
         self._still = True
         try:
-            await self._wait_until(batch.next, *self._taker.moments())
+            await self._wait_until(batch.next)
         finally:
             self._still = False
 
     async def _wait_until(self, *moments: float) -> None:
-        """For the first of the moments, or what else must be looked at, or a call."""
+        """Until the first of the moments, or something else must be looked at, or somebody calls."""
         since = time.monotonic()
-        await self.wait(self._seconds_left(*moments))
+        await self.wait(self._seconds_left(*moments, *self._taker.moments()))
         if time.monotonic() - since > LONGEST_GAP:
             self._vain = 0
 
