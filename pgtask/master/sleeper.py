@@ -6,8 +6,8 @@ So after a look that found nothing the lock is taken, and only what is looked at
 everything that was due at one instant, and the next moment that is planned after it. Then there is nothing to do until
 that moment, or until somebody calls: a notification, a worker, a signal.
 
-A walk through all groups that is dear lasts too long for one instant. Between its pieces the lock is held just so: what
-comes in calls, and what was there before is found by the walk.
+A long walk through all groups that a call has interrupted goes on in pieces. Between them the lock is held just so:
+what comes in calls, and what was there before is found by the walk.
 """
 
 import asyncio
@@ -121,7 +121,7 @@ class Sleeper:
             if self._listens:
                 await self._rise()
             await self._settle(batch)
-        elif self.config.wake and not batch.left and (self._listens or not self._taker.sure):
+        elif self.config.wake and not batch.left and (self._listens or not (self._asleep or self._taker.sure)):
             await self._listen(batch)
         elif self._listens or not self._asleep or self._wake.is_set():
             await self._rise()
@@ -182,7 +182,6 @@ class Sleeper:
         elif self._told:
             await self._doze()
         else:
-            self._listens, self._instant = True, None
             await self._taker.expire()
             walk_at = max(self._taker.ready_at, time.monotonic() + self._taker.gap)
             await self._wait_until(batch.next, walk_at)

@@ -82,7 +82,9 @@ def test_long_walk_through_groups_costs_few_looks_and_delays_nobody(
         SELECT 'SELECT 1', 'later ' || n, now() + interval '1 day' FROM generate_series(1, 30000) AS n"""
     )
     talkative.execute("INSERT INTO task (input, \"group\") SELECT 'SELECT 1', 'full' FROM generate_series(1, 500)")
-    passes(1.0)
+    for number in range(3):  # it walks without a pause until somebody calls
+        talkative.wait(talkative.insert("SELECT 1", group=f"first {number}", delete=False), "DONE")
+    passes(0.2)
     backend = eventually(lambda: asleep(talkative))
     before, used, since = looks(talkative), cpu_seconds(backend), time.monotonic()
     passes(2.0)
