@@ -6,7 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from signal import SIGKILL, SIGTERM
+from typing import Any
 
+import psycopg
+
+from pgtask.objects import Names
 from tests.fixtures.database import Database
 from tests.fixtures.ledger import ENTRY, Ledger
 from tests.fixtures.locks import falls_asleep, held
@@ -44,17 +48,26 @@ def taken(database: Database, backend: int) -> int:
 def frozen_with_a_take_unread(database: Database, ledger: Ledger, one: Master) -> Iterator[None]:
     """The master hangs, and the answer to its take, which has long been committed, waits in its socket."""
     backend = leader(database)
-    waiting = "SELECT wait_event_type FROM pg_stat_activity WHERE pid = %s"
+    waiting = "SELECT query FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
     asleep = """SELECT 1 FROM pg_stat_activity AS a JOIN pg_locks AS l ON l.pid = a.pid
-        WHERE a.pid = %s AND a.state = 'idle' AND a.state_change < clock_timestamp() - interval '200 ms'
+        WHERE a.pid = %s AND a.state = 'idle' AND a.state_change < clock_timestamp() - interval '2 s'
             AND l.locktype = 'advisory' AND l.objid = 4294967295"""
-    with ExitStack() as until_then:
-        # Then a take is what a notification makes it say first.
+    take = Names(schema="public", table="task").store().text("take")
+
+    def take_waits(locking: psycopg.Connection[tuple[Any, ...]]) -> bool:
+        """One that looks everywhere, since the last look, be it dear, was long ago; or what else it has to say."""
         eventually(lambda: database.admin_execute(asleep, [backend]))
+        locking.execute("LOCK TABLE task IN SHARE MODE")
+        database.execute("SELECT pg_notify('pgtask_' || 'task'::regclass::oid, '')")  # it looks at the table
+        [(query,)] = eventually(lambda: database.admin_execute(waiting, [backend]))
+        if take.startswith(query):  # the server shows the beginning
+            return True
+        locking.rollback()
+        return False
+
+    with ExitStack() as until_then:
         with database.connect(autocommit=False) as locking:
-            locking.execute("LOCK TABLE task IN SHARE MODE")
-            database.execute("SELECT pg_notify('pgtask_' || 'task'::regclass::oid, '')")  # it looks at the table
-            eventually(lambda: database.admin_execute(waiting, [backend]) == [("Lock",)])
+            eventually(lambda: take_waits(locking))
             until_then.enter_context(frozen(one.pid))
             locking.execute(
                 # Due at the instant that the take is for, whenever that was.
@@ -134,7 +147,7 @@ def test_idle_worker_that_hangs_is_passed_over(database: Database, master: Start
     one = master("--linger", "60s", database.conninfo, tables=1)
     database.wait(database.insert("SELECT 1", delete=False))
     worker = one.worker("idle")
-    falls_asleep(database)
+    falls_asleep(database, silent=2)  # after a look that was dear none everywhere is made for a while, by nobody
     with frozen(worker):
         rows = [database.wait(database.insert("SELECT 1", group=group, delete=False)) for group in ("group", "other")]
     later = database.insert("SELECT 1", group="later", delete=False)

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from statistics import median
 
 from tests.fixtures.catalog import install
 from tests.fixtures.database import Database
@@ -143,5 +144,6 @@ def test_insert_of_many_rows_costs_a_small_multiple_of_a_bare_table(database: Da
         session.execute(query.encode())
         return cpu_seconds(session.info.backend_pid) - before
 
-    costs = [(cost("task"), cost("bare")) for _ in range(3)]
-    assert min(task for task, _ in costs) < 3.5 * min(bare for _, bare in costs), costs
+    costs = [(cost("task"), cost("bare")) for _ in range(5)]
+    # Of one of them alone the machine may do in half of the time what it does in a whole one else.
+    assert median(task / max(bare, 0.01) for task, bare in costs) < 3.5, costs
