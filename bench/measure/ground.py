@@ -37,12 +37,9 @@ BENCH = Path(__file__).resolve().parent.parent
 PATIENCE = 120.0
 TICK = 0.1
 
-ASLEEP = """SELECT count(*) FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid
-    WHERE l.locktype = 'advisory' AND l.granted AND l.mode = 'ExclusiveLock' AND l.objid = 4294967295 AND l.objsubid = 2
-    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    AND a.state = 'idle' AND a.state_change < clock_timestamp() - interval '0.6 s'"""
-"""Masters that hold the lock that says they sleep, and are silent: some pieces of a walk are that far apart at most."""
-
+ASLEEP = """SELECT count(*) FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock' AND objid = 4294967295 AND objsubid = 2
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
 UNFINISHED = """SELECT id FROM {} WHERE id >= %s AND state::text IN ('PLAN', 'TAKE', 'WORK') ORDER BY id LIMIT 1"""
 
 
@@ -161,7 +158,7 @@ class Ground:
                 pass
 
     def settle(self, tables: int = 1) -> None:
-        """Wait until the master sleeps: a walk through all groups has come to its end."""
+        """Wait until the master sleeps, be it between the pieces of a walk through all groups."""
         until(lambda: self.value(ASLEEP) >= tables, "the master does not fall asleep")
 
     def drained(self, table: str = "task", after: int = 0) -> None:

@@ -27,7 +27,8 @@ class Backlog:
     def __init__(self) -> None:
         self.place: Place | None = None
         """Before it nothing is due but in full groups; None: that is not known."""
-        self._since: Place | None = None  # where looks start when the walk that goes on has shown the same
+        self.since: Place | None = None
+        """Where looks will start when the walk that goes on has shown the same."""
         self._freed: set[int] = set()  # lanes with a free slot that were not found empty since it is
         self._used: dict[int, int] = {}  # slots in use after the last look, by lane
         self._stirred = False  # something may have become due since the walk began
@@ -36,13 +37,18 @@ class Backlog:
         self._walked_at = 0.0  # when it began (time.monotonic())
 
     @property
+    def known(self) -> bool:
+        """Is there a place to look from, be it while the walk goes on that is to show that it is one?"""
+        return self.place is not None or self.since is not None
+
+    @property
     def lanes(self) -> list[int]:
         """Those that are to be looked at by name."""
         return list(self._freed)
 
     def forget(self) -> None:
         """Anything may be due anywhere."""
-        self.place = self._since = None
+        self.place = self.since = None
         self._freed.clear()
 
     def stir(self) -> None:
@@ -61,7 +67,7 @@ class Backlog:
 
     def free(self, lane: int) -> None:
         """A row of the lane may start that could not."""
-        if self.place is not None or self._since is not None:
+        if self.known:
             self._freed.add(lane)
             if len(self._freed) > MOST:
                 self.forget()
@@ -87,7 +93,7 @@ class Backlog:
 
         At least every so many seconds, whatever was heard.
         """
-        if self.calls or self._since is not None:
+        if self.calls or self.since is not None:
             return 0.0
         return self._walked_at + (min(CALM, safety) if self._stirred else safety)
 
@@ -104,8 +110,8 @@ class Backlog:
         is like that.
         """
         if first:
-            self._since = recent
-        if not hidden or self._since is None:
+            self.since = recent
+        if not hidden or self.since is None:
             self.forget()
         elif last:
-            self.place, self._since = self._since, None
+            self.place, self.since = self.since, None

@@ -124,7 +124,7 @@ class Taker:
         self._walk_from: int | None = None  # the lane where the next take goes on; None: from the first
         self._hasty = True  # is there reason to believe that a walk will find something?
         self._filled = False  # did the last take find as many as there were workers for?
-        self._found_behind = False  # has the last look behind the backlog found anything?
+        self._found_behind = False  # has the last look behind the backlog, or what is taken for it, found anything?
         self._begun = False  # by a worker, what the last take found
         self._asked: Asked | None = None  # before the take whose look it is
         self._may_ask = True  # nobody has looked for this take yet
@@ -269,6 +269,8 @@ class Taker:
         behind, batch = self._backlog.place, None
         if behind is not None and not (self._found_behind and self._may_walk()):
             batch = await self._take_behind(behind, capacity, held, now)
+        elif self.walking and not (full or (self._found_behind and self._pace.ready)):
+            batch = await self._take_beside(capacity, held, now)
         if batch is None:
             batch = await self._take_anywhere(capacity, held, now, full=full)
         return batch, capacity
@@ -304,6 +306,22 @@ class Taker:
             batch = replace(batch, more=True)
         again = self._backlog.place is None or self._may_walk()
         return None if again and not self._found_behind else batch
+
+    async def _take_beside(self, capacity: int, held: dict[int, set[int]], now: Any) -> Batch | None:
+        """What comes alone while a walk goes on that has told where to look for it; None if there may be more."""
+        since, calls, named = self._backlog.since, self._backlog.calls, self._backlog.lanes
+        if since is None or not capacity or await self._due_in(named, now):
+            return None
+        started = time.monotonic()
+        rows = await self._look_for_one(held, now, since)
+        if not rows:
+            return None
+        self._looked(started, rows)
+        batch = self._batch(rows, held, started)
+        self._backlog.looked(held, {one.lane for one in batch.rows}, named, left=batch.left)
+        self._backlog.answer(calls, len(batch.rows))
+        self._found_behind = bool(batch.rows)
+        return replace(batch, left=self._left or batch.left, more=True) if batch.rows or not self._pace.ready else None
 
     async def _take_anywhere(self, capacity: int, held: dict[int, set[int]], now: Any, *, full: bool) -> Batch:
         started = time.monotonic()
@@ -345,16 +363,16 @@ class Taker:
         left = self._left or batch.left
         self._left = left and self._walk_from is not None
         taken = {one.lane for one in batch.rows}
-        behind = self._backlog.place is not None
+        known = self._backlog.known
         if everywhere:
             self._conclude(rows[0][TAKEN:], taken, left=left, first=first)
         self._backlog.looked(held, taken, lanes, left=batch.left)
         self._found_behind = False
-        if (known := self._backlog.place is not None) is not behind:
-            self._crowded = 0
+        if self._backlog.known is not known:
+            self._crowded = 0  # that was elsewhere
         if everywhere and not new:
             hasty = self._hasty or first or bool(batch.rows)
-            self._pace.looked(cost, cheap=CHEAP if hasty and not known else 0.0)
+            self._pace.looked(cost, cheap=CHEAP if hasty and self._backlog.place is None else 0.0)
             self._hasty = self._hasty and self._walk_from is not None
         return replace(batch, left=left, more=self.walking)
 

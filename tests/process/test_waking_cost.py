@@ -25,6 +25,12 @@ def looks(database: Database) -> int:
     return sum(name in names for name in re.findall(mine + r"execute (pgtask_\d+):", text))
 
 
+def finds(database: Database) -> int:
+    """How often the master, or a worker that it has asked, has looked for a single due row."""
+    text = database.server.log_text()  # type: ignore[union-attr]
+    return len(re.findall(rf"\npgtask [^|\n]*\|{database.name}\|LOG:  execute pgtask_\d+: WITH instant AS", text))
+
+
 def channel(database: Database) -> str:
     return str(database.execute("SELECT 'pgtask_' || 'task'::regclass::oid")[0][0])
 
@@ -97,6 +103,32 @@ def test_long_walk_through_groups_costs_few_looks_and_delays_nobody(
         id = talkative.insert("SELECT 1", group=f"other {number}", delete=False)
         assert talkative.wait(id)["state"] == "DONE"
     passes(0.5)  # it has not ended yet
+    after = looks(talkative)
+    eventually(lambda: looks(talkative) > after)
+    talkative.execute("DELETE FROM task")
+
+
+def test_task_that_comes_alone_during_a_walk_through_groups_is_looked_for_alone(
+    talkative: Database, master: Callable[..., Master]
+) -> None:
+    """What is due for long in a group that is full need not be read for it, as soon as the walk has begun."""
+    master("--safety", "1h", talkative.conninfo, tables=1)
+    talkative.wait(talkative.insert("SELECT pg_sleep(86400)", group="full"), "WORK")
+    talkative.execute(
+        """INSERT INTO task (input, "group", plan)
+        SELECT 'SELECT 1', 'later ' || n, now() + interval '1 day' FROM generate_series(1, 30000) AS n"""
+    )
+    talkative.execute(
+        """INSERT INTO task (input, "group", plan)
+        SELECT 'SELECT 1', 'full', now() - n * interval '1 s' FROM generate_series(100, 600) AS n"""
+    )
+    passes(0.2)
+    before = finds(talkative)
+    for number in range(20):
+        id = talkative.insert("SELECT 1", group=f"other {number}", delete=False)
+        assert talkative.wait(id)["state"] == "DONE"
+        time.sleep(0.02)
+    assert finds(talkative) - before >= 10
     after = looks(talkative)
     eventually(lambda: looks(talkative) > after)
     talkative.execute("DELETE FROM task")
