@@ -15,9 +15,9 @@ WEIGHT = 0.3
 SHORTEST = 0.00005
 """Seconds that a run takes at least."""
 
-MOMENT, TURN = 0.01, 10
-"""A worker goes on with its group for so many seconds although others wait, or three times as long if it has not run so
-many tasks: a change of the group costs as much as some of them."""
+MOMENT, TURN, LONGEST = 0.01, 20, 0.1
+"""A worker goes on with its group for so many seconds although others wait, and until it has run so many tasks, but for
+no more than so many seconds: a change of the group costs as much as some of them."""
 
 
 class Turn:
@@ -76,7 +76,7 @@ class Turn:
         allows. `ahead`: how many runs before it have not begun yet."""
         now = time.monotonic()
         late = now - self._until
-        short = self._until > 0 and self.had < TURN and late < 2 * MOMENT
+        short = self._until > 0 and self.had < TURN and now - self._entered < LONGEST
         return Want(
             next=more and (late < 0 or short),
             runs=self.runs + ahead,
