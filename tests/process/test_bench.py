@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from measure import report
+import pytest
+
+from measure import flat, report
 from measure.figure import Figure, quantile
+from pgtask.objects import Names
+from storm.stand import Broken
 from tests.fixtures.server import binaries
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -43,6 +47,16 @@ def test_a_ratio_is_the_median_of_the_runs_ratios_and_says_whether_the_mark_is_r
     bounded = Figure(name="b", unit="ms", better="less", limit=3.0, ours=[4.0])
     assert (bounded.ratio, bounded.reached) == (None, False)
     assert quantile([3.0, 1.0, 2.0, 4.0], 0.5) == 2.0
+
+
+def test_a_statement_that_was_only_prepared_is_not_one_that_cost_nothing() -> None:
+    text = Names(schema="public", table="task").store().text("take_one")
+    records = [f"LOG:  duration: 0.400 ms  parse pgtask_7: {text}"]
+    with pytest.raises(Broken, match=r"not in the server's log: find"):
+        flat.durations(records, "task", "find")
+    for kind, ms in (("bind", 0.1), ("execute", 0.3), ("execute", 0.5), ("execute", 0.2)):
+        records.append(f"LOG:  duration: {ms} ms  {kind} pgtask_7: {text}")
+    assert flat.durations(records, "task", "find") == {"find": pytest.approx(0.4)}
 
 
 def test_a_subject_measured_again_leaves_the_others(tmp_path: Path) -> None:
