@@ -56,7 +56,7 @@ def test_inserts_at_full_rate_send_few_notifications(database: Database, master:
         return len(list(listener.notifies(timeout=0.5)))
 
     # Whoever inserts while a sleeping master waits for the processor notifies it: not at every time.
-    eventually(lambda: sent() < 0.45 * CLIENTS * each, timeout=60)
+    eventually(lambda: sent() < 0.45 * CLIENTS * each, timeout=120)
     assert database.wait(database.insert("SELECT 1", delete=False))["state"] == "DONE"
 
 
