@@ -3,9 +3,10 @@
 A group that is full may have a million due rows, and they hide those of others. Once a walk through all groups has
 found nothing that may start, what is due from before a place in the order of due rows cannot start until a slot of its
 group becomes free, which we see. So the looks that follow start at that place, a second to a minute before the walk,
-and look at the groups where a slot has become free by name. A row that is planned anew for a moment before it tells so
-itself. One that is inserted so is found by walking on, piece by piece, in a twentieth of the time: at once after a call
-for which nothing else was found, else once a second after something has happened.
+and look at the groups where a slot has become free by name. (While the first walk goes on, a single row is looked for
+from there already: what is due from before it is the walk's.) A row that is planned anew for a moment before it tells
+so itself. One that is inserted so is found by walking on, piece by piece, in a twentieth of the time: at once after a
+call for which nothing else was found, else once a second after something has happened.
 """
 
 import time

@@ -78,17 +78,20 @@ def test_stranger_who_floods_the_channel_costs_few_looks_and_delays_nobody(
         assert talkative.wait(id)["state"] == "DONE"
 
 
+def walk_beside_a_full_group(database: Database, master: Callable[..., Master], due: str) -> None:
+    """A master, and more rows of a group that is full than a look sees, due since then, beside 30,000 other groups."""
+    master("--safety", "1h", database.conninfo, tables=1)
+    database.wait(database.insert("SELECT pg_sleep(86400)", group="full"), "WORK")
+    fill = """INSERT INTO task (input, "group", plan) SELECT 'SELECT 1', {}, {} FROM generate_series(1, {}) AS n"""
+    database.execute(fill.format("'later ' || n", "now() + interval '1 day'", 30000))
+    database.execute(fill.format("'full'", due, 500))
+
+
 def test_long_walk_through_groups_costs_few_looks_and_delays_nobody(
     talkative: Database, master: Callable[..., Master]
 ) -> None:
     """Behind a group that is full. Between the pieces of the walk the master waits, and whoever inserts calls."""
-    master("--safety", "1h", talkative.conninfo, tables=1)
-    talkative.wait(talkative.insert("SELECT pg_sleep(86400)", group="full"), "WORK")
-    talkative.execute(
-        """INSERT INTO task (input, "group", plan)
-        SELECT 'SELECT 1', 'later ' || n, now() + interval '1 day' FROM generate_series(1, 30000) AS n"""
-    )
-    talkative.execute("INSERT INTO task (input, \"group\") SELECT 'SELECT 1', 'full' FROM generate_series(1, 500)")
+    walk_beside_a_full_group(talkative, master, "now()")
     for number in range(3):  # it walks without a pause until somebody calls
         talkative.wait(talkative.insert("SELECT 1", group=f"first {number}", delete=False), "DONE")
     passes(0.2)
@@ -112,16 +115,7 @@ def test_task_that_comes_alone_during_a_walk_through_groups_is_looked_for_alone(
     talkative: Database, master: Callable[..., Master]
 ) -> None:
     """What is due for long in a group that is full need not be read for it, as soon as the walk has begun."""
-    master("--safety", "1h", talkative.conninfo, tables=1)
-    talkative.wait(talkative.insert("SELECT pg_sleep(86400)", group="full"), "WORK")
-    talkative.execute(
-        """INSERT INTO task (input, "group", plan)
-        SELECT 'SELECT 1', 'later ' || n, now() + interval '1 day' FROM generate_series(1, 30000) AS n"""
-    )
-    talkative.execute(
-        """INSERT INTO task (input, "group", plan)
-        SELECT 'SELECT 1', 'full', now() - n * interval '1 s' FROM generate_series(100, 600) AS n"""
-    )
+    walk_beside_a_full_group(talkative, master, "now() - n * interval '1 s' - interval '100 s'")
     passes(0.2)
     before = finds(talkative)
     for number in range(20):
@@ -177,5 +171,5 @@ def test_insert_of_many_rows_costs_a_small_multiple_of_a_bare_table(database: Da
         return cpu_seconds(session.info.backend_pid) - before
 
     costs = [(cost("task"), cost("bare")) for _ in range(5)]
-    # Of one of them alone the machine may do in half of the time what it does in a whole one else.
+    # The median: one of them may by chance take half of what the others do.
     assert median(task / max(bare, 0.01) for task, bare in costs) < 3.5, costs
