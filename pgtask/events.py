@@ -217,9 +217,10 @@ SECTIONS = {
             "worker_killed",
             "error",
             "worker table",
-            "A worker did not end when the master stopped, or did not say what it had begun, and was killed."
-            " Its task is put back.",
-            "Look at what the task does: it ignored cancel requests; or at your triggers: one waits for something.",
+            "A worker did not end when the master stopped, did not say what it had begun, or did nothing of what it was"
+            " told for 20 s, and was killed. Its task is put back.",
+            "Look at what the task does: it ignored cancel requests; at your triggers: one waits for something; or at"
+            " the machine: it swaps, or somebody has stopped the worker.",
         ),
         _event(
             "worker_unheard",

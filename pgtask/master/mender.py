@@ -38,6 +38,9 @@ DEAF_GAP = 0.05
 UNREAD = 10
 """Seconds that a server may wait for a worker that waits for it before we say that nothing passes between them."""
 
+HUNG = 2 * UNREAD
+"""Seconds without a sign of life of a worker that has begun nothing before it is killed, as it cannot be reached."""
+
 
 class Deposed(PgtaskError):
     """Another master has begun a term; this one starts again, and stands by."""
@@ -282,8 +285,18 @@ class Mender:
         rows = await term.session.rows(self._store.text("unread"), busy) if busy else []
         self._unread = {row: self._unread.get(row, now) for row in rows}
         for (backend, id, _), since in self._unread.items():
-            if now - since >= UNREAD:
+            if now - since >= HUNG and id is None and await self._unbegun_by(term, backend):
+                self._pool.replace(self._client, backend)
+            elif now - since >= UNREAD:
                 log.warning("worker_unheard", table=self.config.label, backend=backend, id=id)
                 self._pool.doubt(self._client, backend)
         if self._unread:
             self._listen_at = min(self._listen_at, now + UNREAD)
+
+    async def _unbegun_by(self, term: Term, backend: int) -> bool:
+        """Is what this session's worker was told still to be begun: to look, to end, or a row that is in TAKE?"""
+        given = self._pool.given(self._client, backend)
+        if given is None:
+            return True
+        rows = await term.session.rows(self._store.text("owners"), [given.id])
+        return any([given.taker, given.attempt] in owners for _, owners in rows)

@@ -80,8 +80,8 @@ class Pool:
         return busy + [taken for owner, taken in (*self._next, *self._pending) if owner is client]
 
     def backends(self, client: Client, *, busy: bool = False) -> list[int]:
-        """The sessions of the client's workers, or only of those that have something to do."""
-        fitting = [h for h in self.of(client) if not busy or h.state is State.BUSY]
+        """The sessions of the client's workers, or only of those that have something to do, be it to end."""
+        fitting = [h for h in self.of(client) if not busy or h.state is not State.IDLE]
         return [handle.backend for handle in fitting if handle.backend is not None]
 
     def busy(self) -> int:
@@ -245,6 +245,17 @@ class Pool:
         for handle in self.of(client):
             if handle.backend == backend:
                 os.kill(handle.pid, DOUBT)
+
+    def given(self, client: Client, backend: int) -> Taken | None:
+        """The row that the worker with that session was given, with which it went from row to row."""
+        return next((h.assigned for h in self.of(client) if h.backend == backend), None)
+
+    def replace(self, client: Client, backend: int) -> None:
+        """The worker with that session has not begun what it was told to: somebody else shall."""
+        for handle in self.of(client):
+            if handle.backend == backend:
+                handle.killed = True
+                handle.kill()
 
     def finish_all(self, client: Client | None = None) -> None:
         """Let every run end, and every worker after it."""

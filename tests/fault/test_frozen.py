@@ -159,6 +159,26 @@ def test_idle_worker_that_hangs_is_passed_over(database: Database, master: Start
     eventually(lambda: one.title(worker).endswith("idle"))
 
 
+def test_idle_workers_that_do_not_come_back_are_replaced(database: Database, master: Start) -> None:
+    """One was told to look for a row, one was given it, and one was told to end."""
+    one = master("--linger", "4s", "--safety", "1s", "--workers", "3", database.conninfo, tables=1)
+    one.may_log_errors = True
+    with held(database, 730):
+        for number in range(3):
+            database.insert(WAIT.format(730), group=str(number))
+        eventually(lambda: sum(" running " in one.title(pid) for pid in one.workers()) == 3)
+    workers = set(one.workers())
+    eventually(lambda: all(one.title(pid).endswith(" idle") for pid in workers))
+    falls_asleep(database, silent=2)
+    with frozen(*workers):
+        id = database.insert("SELECT 1", delete=False)
+        eventually(lambda: taken(database, leader(database)) == 1)
+        assert database.wait(id, timeout=60)["attempt"] == 1
+        one.wait_log("worker_killed", 3, timeout=60)
+        assert not workers.intersection(one.workers())
+    assert one.logged("run_lost") == []
+
+
 def test_hung_master_is_replaced_and_woken_up_again_does_no_harm(
     database: Database, ledger: Ledger, master: Start
 ) -> None:
