@@ -111,14 +111,16 @@ WITH due AS MATERIALIZED (
 
 -- name: finish_all — the good ends of runs that share a transaction; divides by zero, and so undoes it, unless each row
 -- is still its run's, and none was moved. $1 backend, $2 how many, and of each: $3 id, $4 attempt, $5 state, $6 start,
--- $7 stop (null: now), $8 output, $9 error, $10 code, $11 notice
+-- $7 stop (null: now), $8 output, $9 error, $10 code, $11 notice. Not joined, as in `together`
 WITH done AS (
     UPDATE {task} AS t
-    SET state = r.state::{state}, start = r.start, stop = coalesce(r.stop, clock_timestamp()),
-        output = r.output, error = r.error, code = r.code, notice = r.notice
-    FROM unnest($3::bigint[], $4::int[], $5::text[], $6::timestamptz[], $7::timestamptz[], $8::text[], $9::text[],
-        $10::text[], $11::text[]) AS r (id, attempt, state, start, stop, output, error, code, notice)
-    WHERE t.id = r.id AND t.id = ANY ($3::bigint[]) AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int AND t.plan <= t.start
+    SET (state, start, stop, output, error, code, notice) = (
+        SELECT ($5::text[])[r.at]::{state}, ($6::timestamptz[])[r.at], coalesce(($7::timestamptz[])[r.at], clock_timestamp()),
+            ($8::text[])[r.at], ($9::text[])[r.at], ($10::text[])[r.at], ($11::text[])[r.at]
+        FROM array_position($3::bigint[], t.id) AS r (at)
+    )
+    WHERE t.id = ANY ($3::bigint[]) AND t.attempt = ($4::int[])[array_position($3::bigint[], t.id)]
+        AND t.state::text = 'WORK' AND t.pid = $1::int AND t.plan <= t.start
     RETURNING t.id
 )
 SELECT 1 / (count(*) = $2::int)::int FROM done;
@@ -127,9 +129,8 @@ SELECT 1 / (count(*) = $2::int)::int FROM done;
 -- many, and of each: $3 id, $4 attempt
 WITH done AS (
     DELETE FROM {task} AS t
-    USING unnest($3::bigint[], $4::int[]) AS r (id, attempt)
-    WHERE t.id = r.id AND t.id = ANY ($3::bigint[]) AND t.attempt = r.attempt AND t.state::text = 'WORK' AND t.pid = $1::int
-        AND t.plan <= t.start AND t.attempts IS NULL
+    WHERE t.id = ANY ($3::bigint[]) AND t.attempt = ($4::int[])[array_position($3::bigint[], t.id)]
+        AND t.state::text = 'WORK' AND t.pid = $1::int AND t.plan <= t.start AND t.attempts IS NULL
     RETURNING t.id
 )
 SELECT 1 / (count(*) = $2::int)::int FROM done;

@@ -168,18 +168,22 @@ WHERE t.id = (SELECT f.id FROM first AS f WHERE f.admitted)
 RETURNING {row}, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
 
 -- name: together — the same for rows that will share a transaction, of `due`, the first ones of the group: as many as each
--- of them allows, in their order, up to the first that may not share; that one only if it is the very first
+-- of them allows, in their order, up to the first that may not share; that one only if it is the very first. By an array of
+-- their ids: a join of as many rows on both sides might be done by comparing each with each
 , numbered AS MATERIALIZED (
     SELECT d.id, d.admitted, row_number() OVER line AS number,
         bool_and(d.admitted AND d.shares) OVER line AS shares, min(d.batch) OVER line AS batch
     FROM due AS d
     WINDOW line AS (ORDER BY d.max DESC, d.plan, d.id)
+), chosen AS MATERIALIZED (
+    SELECT array_agg(n.id ORDER BY n.number) AS ids
+    FROM numbered AS n
+    WHERE n.number = 1 AND n.admitted OR n.shares AND n.number <= n.batch
 )
 UPDATE {task} AS t
 {begin}, start = greatest(clock_timestamp(), $1::timestamptz, t.plan)
-FROM numbered AS n
-WHERE t.id = n.id AND t.id = ANY (ARRAY(SELECT d.id FROM due AS d)) AND (n.number = 1 AND n.admitted OR n.shares AND n.number <= n.batch)
-RETURNING {row}, n.number, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
+WHERE t.id = ANY ((SELECT c.ids FROM chosen AS c)::bigint[])
+RETURNING {row}, array_position((SELECT c.ids FROM chosen AS c), t.id) AS number, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
 
 -- name: held_groups — a hash of the name of each group that is held, as this statement sees it: whoever sees a row that was
 -- inserted after its group was held, sees that too
