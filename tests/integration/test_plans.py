@@ -102,7 +102,7 @@ class Table:
                 session.execute(f"EXPLAIN EXECUTE hot_{name}{values}".encode())
         database.execute("UPDATE task_master SET term = 1")
         database.execute(INSERT + "VALUES (now(), 'full', 0, 'SELECT 1', 'WORK')")
-        database.execute(INSERT + "SELECT now(), 'run', 0, 'SELECT 1', 'WORK' FROM generate_series(1, 10)")
+        database.execute(INSERT + "SELECT now(), 'run', 0, 'SELECT 1', 'WORK' FROM generate_series(1, 50)")
         database.execute("UPDATE task SET start = now(), pid = 1, attempt = 1, batch = 50")
         self.runs = database.execute("SELECT array_agg(id), array_agg(attempt) FROM task WHERE \"group\" = 'run'")[0]
         own = INSERT + "VALUES (now(), 'own', 0, 'SELECT 1', 'WORK') RETURNING id"
@@ -120,17 +120,25 @@ class Table:
                 f"CREATE FUNCTION users_{number}() RETURNS int SET search_path = public LANGUAGE sql AS $$ {body} $$"
             )
 
-    def parameters(self, name: str, *, quick: bool) -> tuple[Any, ...]:
-        """As the master and a worker of group g1 give them, with the slot of group `full` in use."""
+    def parameters(self, name: str, *, quick: bool, count: int = 10) -> tuple[Any, ...]:
+        """As the master and a worker of group g1 give them, with the slot of group `full` in use.
+
+        `count` rows for those that may have several, if there are as many.
+        """
         query = "SELECT hashtextextended(g, hashtextextended('', 0)) FROM unnest('{full,g1}'::text[]) AS g"
         [(full,), (g1,)] = self.database.execute(query)
         query = "SELECT max, plan, id FROM task WHERE state = 'PLAN' AND plan <= now() ORDER BY plan, id LIMIT 1"
         [(max, *place)] = self.database.execute(query)
         since = (*place, "now") if quick else (*BEGINNING, None)
         who = ("-infinity", "g1", "", 0, 0.0, 1, g1, 0)
+        runs = [column[:count] for column in self.runs]
         ended = (self.runs[0][0], 1, "DONE", "1", None, None, None, 1)
+
+        def several(*values: str) -> tuple[Any, ...]:
+            return (1, count, *runs, *([value] * count for value in values))
+
         known: dict[str, tuple[Any, ...]] = {
-            "take": (10, [], 200, None, [full], "-infinity", None, *since, []),
+            "take": (count, [], 200, None, [full], "-infinity", None, *since, []),
             "due_in": ([full, g1], None),
             "glance": (1, [], 20, None, [full], "-infinity"),
             # the moment when the first was due, and no other
@@ -140,8 +148,8 @@ class Table:
             "next_below": who,
             "look": (*who, self.own),
             "look_below": (*who, self.own),
-            "next_batch": (*who, 50),
-            "next_batch_after": (*who, 50, max, *place),
+            "next_batch": (*who, count),
+            "next_batch_after": (*who, count, max, *place),
             "next_after": (*who, place[1], max, place[0]),
             "look_after": (*who, self.own, max, place[0]),
             "expire": (1000, *(place if quick else BEGINNING)),
@@ -151,18 +159,12 @@ class Table:
             "unheard": ([1],),
             "owned": (1, 0, 1),
             "resume": ("-infinity", 1, 0),
-            "back": (1, *self.runs),
+            "back": (1, *runs),
             "finish": ended,
             "switch": (*ended, "-infinity", True),
-            "finish_all": (1, 10, *self.runs, ["DONE"] * 10, *([now] * 10 for now in ("now", "now", "1", "", "", ""))),
-            "settle": (
-                1,
-                10,
-                *self.runs,
-                ["FAIL"] * 10,
-                *([now] * 10 for now in ("now", "now", "1", "", "40001", "", "now")),
-            ),
-            "remove_all": (1, 10, *self.runs),
+            "finish_all": several("DONE", "now", "now", "1", "", "", ""),
+            "settle": several("FAIL", "now", "now", "1", "", "40001", "", "now"),
+            "remove_all": several(),
             "owners": ([1],),
         }
         return known[name]
@@ -181,15 +183,20 @@ class Table:
 
     def buffers(self, name: str, *, quick: bool = False) -> int:
         """Hit or read by the statement, once what it finds for the first time is behind it."""
-        parameters = self.parameters(name, quick=quick)
-        places = ", ".join(["%s"] * len(parameters))
-        return self._buffers(f"EXECUTE hot_{name}" + (f"({places})" if places else ""), parameters)
+        return _buffers(self.plan(name, self.parameters(name, quick=quick)))
+
+    def rows(self, name: str, *, count: int) -> int:
+        """Those that the parts of the statement have read, for so many that it writes."""
+        plan = self.plan(name, self.parameters(name, quick=False, count=count))
+        written = [node for node in _nodes(plan) if node["Node Type"] == "ModifyTable"]
+        assert max(int(node["Actual Rows"]) for node in written) == count
+        return sum(_rows(node) for node in _nodes(plan))
 
     def users_buffers(self, name: str) -> int:
         """The same for what a user does; in a function, so that its triggers are counted as well."""
         self.database.execute("ALTER TABLE task ENABLE TRIGGER USER")
         try:
-            return self._buffers(f"SELECT public.users_{list(TRIGGERED).index(name)}()", ())
+            return _buffers(self._plan(f"SELECT public.users_{list(TRIGGERED).index(name)}()", ()))
         finally:
             self.database.execute("ALTER TABLE task DISABLE TRIGGER USER")
 
@@ -198,13 +205,33 @@ class Table:
         users = TRIGGERED if self.analyzed else {}
         return {name: self.buffers(name) for name in STATEMENTS} | {name: self.users_buffers(name) for name in users}
 
-    def _buffers(self, statement: str, parameters: tuple[Any, ...]) -> int:
+    def plan(self, name: str, parameters: tuple[Any, ...]) -> dict[str, Any]:
+        """With what it has cost."""
+        places = ", ".join(["%s"] * len(parameters))
+        return self._plan(f"EXECUTE hot_{name}" + (f"({places})" if places else ""), parameters)
+
+    def _plan(self, statement: str, parameters: tuple[Any, ...]) -> dict[str, Any]:
         text = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"
         for _ in range(2):
             with self._cursor.connection.transaction(force_rollback=True):
                 row = self._cursor.execute(text.encode(), parameters).fetchone()
-        plan = cast(tuple[Any], row)[0][0]["Plan"]
-        return int(plan["Shared Hit Blocks"]) + int(plan["Shared Read Blocks"]) + _pages(plan)
+        return cast(dict[str, Any], cast(tuple[Any], row)[0][0]["Plan"])
+
+
+def _buffers(plan: Mapping[str, Any]) -> int:
+    return int(plan["Shared Hit Blocks"]) + int(plan["Shared Read Blocks"]) + _pages(plan)
+
+
+def _nodes(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield node
+    for one in node.get("Plans", ()):
+        yield from _nodes(one)
+
+
+def _rows(node: Mapping[str, Any]) -> int:
+    """What it has answered with, or thrown away."""
+    removed = sum(value for name, value in node.items() if name.startswith("Rows Removed by"))
+    return int((node["Actual Rows"] + removed) * node["Actual Loops"])
 
 
 def _pages(node: Mapping[str, Any]) -> int:
@@ -247,6 +274,26 @@ def costs_planned_empty(request: pytest.FixtureRequest, server: AnyServer) -> It
 def test_statement_that_was_planned_for_an_empty_table_costs_the_same(costs_planned_empty: Costs, name: str) -> None:
     few, many = (cost[name] for cost in costs_planned_empty)
     assert many <= 1.5 * few + 20
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["", "planned empty"])
+def shared(request: pytest.FixtureRequest, server: AnyServer) -> Iterator[Table]:
+    """Fifty rows that may share a transaction, in a group of their own."""
+    database = create_fresh(server)
+    try:
+        table = Table(database, planned_empty=request.param)
+        database.execute("DELETE FROM task WHERE state = 'PLAN' AND \"group\" = 'g1'")
+        table.fill("SELECT now() - interval '1 s', 'g1', 0, 'SELECT 1', 'PLAN' FROM generate_series(1, %s)", 50)
+        database.execute("UPDATE task SET batch = 50 WHERE \"group\" = 'g1'")
+        yield table
+    finally:
+        database.close()
+        drop(database)
+
+
+@pytest.mark.parametrize("name", ["next_batch", "finish_all", "remove_all"])
+def test_statement_for_several_rows_does_not_compare_each_with_each(shared: Table, name: str) -> None:
+    assert shared.rows(name, count=50) <= 5 * shared.rows(name, count=10) + 50
 
 
 @pytest.fixture(scope="module")
