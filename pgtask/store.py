@@ -136,12 +136,21 @@ class Store:
         }
         for name, text in statements("words").items():
             self._words[name] = self._fill(text)
+        self._texts: dict[str, str] = {}  # the statements that were asked for, by name
 
     def text(self, name: str, **words: str) -> str:
-        """A statement of ours for this table."""
+        """A statement of ours for this table. Raises KeyError if there is none of that name."""
+        known = None if words else self._texts.get(name)
+        if known is None:
+            known = self._fill(self._template(name), **words)
+            if not words:
+                self._texts[name] = known
+        return known
+
+    def _template(self, name: str) -> str:
         for subject in ("poll", "run", "calendar", "wait", "history", "monitor", "top", "user", "why", "doctor"):
             if name in statements(subject):
-                return self._fill(statements(subject)[name], **words)
+                return statements(subject)[name]
         raise KeyError(name)
 
     def repeat(self, copied: str, name: str = "repeat") -> str:
