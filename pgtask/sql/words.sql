@@ -54,16 +54,20 @@ t."group", t.remote, t.input, extract(epoch FROM t.timeout) AS timeout, t.max, t
 -- name: name — what the session of a run is called: its application_name
 concat('pgtask ', {schema_text}, ' ', {table_text}, ' ', left(t."group", greatest(0, {room} - length(t.id::text))), ' ', t.id)
 
+-- name: set — the run's own settings are made
+num_nulls(set_config('pg_task.id', t.id::text, false), set_config('pg_task.group', t."group", false),
+        set_config('pg_task.schema', {schema_text}, false), set_config('pg_task.table', {table_text}, false)) = 0
+
 -- name: ours — is the row this session's to run? Divides by zero if a user's trigger has made another's of it, since its
--- end could not be written. On the way the run's own settings are made: each function that a statement names is looked up
--- every time, and each column described
-1 / (t.state = 'WORK' AND t.pid = pg_backend_pid() AND num_nulls(
-        set_config('pg_task.id', t.id::text, false), set_config('pg_task.group', t."group", false),
-        set_config('pg_task.schema', {schema_text}, false), set_config('pg_task.table', {table_text}, false)) = 0)::int
+-- end could not be written. On the way its settings are made: each function that a statement names is looked up every
+-- time, and each column described
+1 / (t.state = 'WORK' AND t.pid = pg_backend_pid() AND {set})::int
+
+-- name: waited — how long, in seconds, until its first run
+CASE WHEN t.attempt = 1 AND t.depend IS NULL THEN date_part('epoch', t.start) - date_part('epoch', t.plan) END
 
 -- name: row — a row that a worker has begun
-t.id, t.attempt, {read}, {ours} AS ours, set_config('application_name', {name}, false) AS name,
-    CASE WHEN t.attempt = 1 AND t.depend IS NULL THEN date_part('epoch', t.start) - date_part('epoch', t.plan) END AS waited
+t.id, t.attempt, {read}, {ours} AS ours, set_config('application_name', {name}, false) AS name, {waited} AS waited
 
 -- name: begin — what makes a row ours
 SET state = 'WORK', pid = pg_backend_pid(), stop = NULL, output = NULL, attempt = least(t.attempt, 2147483646) + 1
@@ -169,21 +173,26 @@ RETURNING {row}, date_part('epoch', clock_timestamp() - statement_timestamp()) A
 
 -- name: together — the same for rows that will share a transaction, of `due`, the first ones of the group: as many as each
 -- of them allows, in their order, up to the first that may not share; that one only if it is the very first. By an array of
--- their ids: a join of as many rows on both sides might be done by comparing each with each
+-- their ids: a join of as many rows on both sides might be done by comparing each with each. The settings are made for one
+-- alone: each of several makes its own when it comes to it
 , numbered AS MATERIALIZED (
     SELECT d.id, d.admitted, row_number() OVER line AS number,
         bool_and(d.admitted AND d.shares) OVER line AS shares, min(d.batch) OVER line AS batch
     FROM due AS d
     WINDOW line AS (ORDER BY d.max DESC, d.plan, d.id)
 ), chosen AS MATERIALIZED (
-    SELECT array_agg(n.id ORDER BY n.number) AS ids
+    SELECT array_agg(n.id ORDER BY n.number) AS ids, count(*) = 1 AS alone
     FROM numbered AS n
     WHERE n.number = 1 AND n.admitted OR n.shares AND n.number <= n.batch
 )
 UPDATE {task} AS t
 {begin}, start = greatest(clock_timestamp(), $1::timestamptz, t.plan)
 WHERE t.id = ANY ((SELECT c.ids FROM chosen AS c)::bigint[])
-RETURNING {row}, array_position((SELECT c.ids FROM chosen AS c), t.id) AS number, date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
+RETURNING t.id, t.attempt, {read},
+    1 / (t.state = 'WORK' AND t.pid = pg_backend_pid() AND CASE WHEN (SELECT c.alone FROM chosen AS c) THEN {set} ELSE true END)::int AS ours,
+    CASE WHEN (SELECT c.alone FROM chosen AS c) THEN set_config('application_name', {name}, false) ELSE {name} END AS name,
+    {waited} AS waited, array_position((SELECT c.ids FROM chosen AS c), t.id) AS number,
+    date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
 
 -- name: held_groups — a hash of the name of each group that is held, as this statement sees it: whoever sees a row that was
 -- inserted after its group was held, sees that too

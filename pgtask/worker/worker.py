@@ -308,6 +308,11 @@ class Worker:
             if task is not None:
                 self.hand += self._run(task)
 
+    def _took(self, tasks: list[Task]) -> None:
+        """These are ours; the session has the settings of one alone, not those of several."""
+        metrics.begun(*tasks, also_taken=True)
+        self.named = tasks[0].id if len(tasks) == 1 else 0
+
     def _keep(self, count: int) -> None:
         """Give the others in hand back: they would wait for the end of a long run, which others need not."""
         rest = list(self.hand)[count:]
@@ -359,8 +364,7 @@ class Worker:
             log.debug("run_ended", id=task.id, ok=end.outcome.ok, code=end.outcome.code, together=ended)
         if shared.ends:
             self._report(*(end.task.id for end in shared.ends))
-        metrics.begun(*following, also_taken=True)
-        self.named = following[-1].id if following else 0
+        self._took(following)
         if shared.apart:
             if shared.never:
                 self.ways.run_alone(self.hand[0])
@@ -388,8 +392,7 @@ class Worker:
         else:
             following = self._carry_out(task, started)
         self.running = frozenset()
-        metrics.begun(*following, also_taken=True)
-        self.named = following[-1].id if following else 0
+        self._took(following)
         return following
 
     def _carry_out(self, task: Task, started: float) -> list[Task]:
