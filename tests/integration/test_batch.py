@@ -69,6 +69,16 @@ def test_tasks_share_transactions_and_each_has_its_own_result_and_times(group: G
     assert {(row["attempt"], row["error"], row["code"], row["notice"]) for row in found} == {(1, None, None, None)}
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_task_has_its_own_settings_whether_others_came_with_it_or_not(group: Group, count: int) -> None:
+    names = ("pg_task.id", "pg_task.group", "pg_task.schema", "pg_task.table", "application_name")
+    query = "SELECT " + " || ' ' || ".join(f"current_setting('{name}')" for name in names)
+    found = [*group.run(*[query] * count, group="one"), *group.run(*[query] * count, group="another")]
+    for row in found:
+        id, name = row["id"], row["group"]
+        assert row["output"] == f"{id} {name} public task pgtask public task {name} {id}"
+
+
 def test_without_batch_nothing_is_shared(group: Group) -> None:
     found = group.run(*[PLAIN] * 20, batch=1)
     assert len({row["output"] for row in found}) == 20
