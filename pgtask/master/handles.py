@@ -67,7 +67,7 @@ class Handle:
     since: str | None = None  # when its backend started, as the server wrote it
     lost: Lost | None = None
     asked: bool = False  # told to make room
-    killed: bool = False  # by us, at the end of a stop
+    killed: bool = False  # by us
     linger: asyncio.TimerHandle | None = None
     looking: "Looking | None" = None  # it was told to look for itself, and has not answered
     place: metrics.Place | None = None
@@ -79,6 +79,7 @@ class Handle:
 
     def kill(self) -> None:
         """It does not do what it was told to."""
+        self.killed = True
         log.error("worker_killed", worker=self.pid, table=self.client.spec.label)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
@@ -97,7 +98,7 @@ class Handle:
 class Fate:
     """How a worker of a client ended: its backend if it had one, since when, its unfinished assignment, and why.
 
-    `interrupted`: by our stop, which must cost its run nothing. `felled`: by a crash of the server that another's
+    `interrupted`: by us, which must cost its run nothing. `felled`: by a crash of the server that another's
     task may have caused. `looking`: it may have begun a row that nobody knows of.
     """
 

@@ -3,7 +3,8 @@
 Rows that were taken and not begun go back. A dead worker's session is ended, and its row rescued when that session is
 really gone: never before, since it may still be at work. Rows that were stopped or deleted have their runs cancelled;
 such a run holds its group's slot to its end. The workers of a master that died end their runs by themselves, are
-waited for, and hear of a stop from us. A worker and a server that wait for each other are told so.
+waited for, and hear of a stop from us. A worker and a server that wait for each other are told so. A worker that hangs
+is killed only where it has begun nothing of what it was told.
 """
 
 import asyncio
@@ -286,7 +287,7 @@ class Mender:
         self._unread = {row: self._unread.get(row, now) for row in rows}
         for (backend, id, _), since in self._unread.items():
             if now - since >= HUNG and id is None and await self._unbegun_by(term, backend):
-                self._pool.replace(self._client, backend)
+                self._pool.kill(self._client, backend)
             elif now - since >= UNREAD:
                 log.warning("worker_unheard", table=self.config.label, backend=backend, id=id)
                 self._pool.doubt(self._client, backend)

@@ -242,20 +242,20 @@ class Pool:
 
     def doubt(self, client: Client, backend: int) -> None:
         """The server has been waiting for a worker that waits for it: whose session that is, shall look again."""
-        for handle in self.of(client):
-            if handle.backend == backend:
-                os.kill(handle.pid, DOUBT)
+        for handle in self._with(client, backend):
+            os.kill(handle.pid, DOUBT)
 
     def given(self, client: Client, backend: int) -> Taken | None:
         """The row that the worker with that session was given, with which it went from row to row."""
-        return next((h.assigned for h in self.of(client) if h.backend == backend), None)
+        return next((handle.assigned for handle in self._with(client, backend)), None)
 
-    def replace(self, client: Client, backend: int) -> None:
+    def kill(self, client: Client, backend: int) -> None:
         """The worker with that session has not begun what it was told to: somebody else shall."""
-        for handle in self.of(client):
-            if handle.backend == backend:
-                handle.killed = True
-                handle.kill()
+        for handle in self._with(client, backend):
+            handle.kill()
+
+    def _with(self, client: Client, backend: int) -> list[Handle]:
+        return [handle for handle in self.of(client) if handle.backend == backend]
 
     def finish_all(self, client: Client | None = None) -> None:
         """Let every run end, and every worker after it."""
@@ -278,7 +278,6 @@ class Pool:
     def kill_all(self) -> None:
         """The last resort of a bounded stop: workers that did not end although they were told to."""
         for handle in self.handles.values():
-            handle.killed = True
             handle.kill()
 
     def killed(self, client: Client) -> list[int]:
