@@ -25,14 +25,15 @@ class Case:
     workers: int
     arguments: tuple[str, ...] = ()
     marks: tuple[float | None, float | None] = (None, None)  # against one loop, against as many
+    within: bool = False  # also against as many loops that work on our table
 
 
 def cases(count: int) -> list[Case]:
     groups = {"columns": '"group"', "values": "'g' || n % 100"}
     return [
-        Case(name="one group, max 0", work=Work(count=count), workers=1, marks=(0.75, None)),
+        Case(name="one group, max 0", work=Work(count=count), workers=1, marks=(0.75, None), within=True),
         Case(name="one group, max 1", work=Work(count=count, columns="max", values="1"), workers=2),
-        Case(name=ONE, work=Work(count=count, columns="max", values="3"), workers=4, marks=(None, 0.75)),
+        Case(name=ONE, work=Work(count=count, columns="max", values="3"), workers=4, marks=(None, 0.75), within=True),
         Case(name=MANY, work=Work(count=count, **groups), workers=4, arguments=("--workers", "4")),
         Case(name="100 groups, workers 16 (default)", work=Work(count=count, **groups), workers=16),
         Case(name="one group, each writes a row", work=Work(count=count, input=WRITE, output="INSERT 0 1"), workers=1),
@@ -74,6 +75,8 @@ def throughput(course: Course) -> Outcome:
                 course.say(case.name)
                 plain = Work(count=case.work.count, input=case.work.input, output=case.work.output)
                 loops = [tasks.loops(ground, plain, many) for many in sorted({1, case.workers})]
+                if case.within:
+                    loops.append(tasks.loops(ground, plain, case.workers, table="task"))
                 with ground.master(*case.arguments):
                     ours = rates[case.name] = tasks.ours(ground, case.work)
                 for figure, reference in zip(figures[case.name], loops, strict=True):
@@ -90,6 +93,8 @@ def _figures(outcome: Outcome, case: Case) -> list[Figure]:
         who = "one bare loop" if many == 1 else f"{many} bare loops"
         mark = case.marks[0] if many == 1 else case.marks[1]
         made.append(outcome.figure(case.name, "tasks/s", against=who, mark=mark, headline=many == case.workers))
+    if case.within:
+        made.append(outcome.figure(case.name, "tasks/s", against=f"{who}, on our table", headline=True))
     return made
 
 
