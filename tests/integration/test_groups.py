@@ -321,7 +321,8 @@ def test_many_due_groups_are_served_in_the_order_of_their_waiting(serve: Callabl
     with held(database):
         [blocker] = insert(database, 1, WAIT, group="blocker")
         database.wait(blocker, "WORK")
-        ids = [insert(database, 1, "SELECT 1", group=f"g{n}", plan=ago(50 - n, "s"))[0] for n in range(50)]
+        # All of them longer ago than where a quick look starts, which would find the last of them first.
+        ids = [insert(database, 1, "SELECT 1", group=f"g{n}", plan=ago(100 - n, "s"))[0] for n in range(50)]
     assert order(done(database, ids)) == ids
 
 
