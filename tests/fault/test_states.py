@@ -262,7 +262,7 @@ class World:
         self.admin.execute(f'CREATE ROLE "{self.user_name}" LOGIN'.encode())
         database.execute(f'GRANT SELECT, INSERT, UPDATE, DELETE ON task TO "{self.user_name}"')
         self.user = database.connect(
-            database.server.conninfo(database.name, self.user_name), options="-c statement_timeout=20s"
+            database.server.conninfo(database.name, self.user_name), options="-c statement_timeout=10s"
         )
 
     def configure(self, *, workers: int = 6, linger: str = "1 s") -> None:
@@ -305,7 +305,18 @@ class World:
         """As the user. The row may leave the states meanwhile: then it is not changed."""
         if (id := self.one_of(states, which)) is not None:
             query = f"UPDATE task SET {change} WHERE id = %s AND state::text = ANY (%s)"
-            self.user.execute(query.encode(), [id, list(states)])
+            self.as_user(query, [id, list(states)])
+
+    def as_user(self, query: str, values: Sequence[Any] = ()) -> psycopg.Cursor[Any]:
+        """A worker that is frozen while it has the next row locked keeps users waiting until it goes on."""
+        try:
+            return self.user.execute(query.encode(), values)
+        except psycopg.errors.QueryCanceled:
+            if not self.frozen:
+                raise
+            self.thaw()
+            self.seen["waited for the frozen"] += 1
+            return self.user.execute(query.encode(), values)
 
     def insert(self, columns: Sequence[str]) -> None:
         pairs = dict(column.split(" = ", 1) for column in columns)
@@ -438,7 +449,7 @@ class Again:
             return
         query = f"UPDATE task SET state = 'PLAN'{self.change} WHERE id = %s AND state::text = ANY (%s)"
         try:
-            world.user.execute(query.encode(), [id, list(ENDED)])
+            world.as_user(query, [id, list(ENDED)])
         except psycopg.errors.InsufficientPrivilege:
             assert world.user.execute("SELECT state::text FROM task WHERE id = %s", [id]).fetchone() == ("STOP",)
             world.seen["stop goes on"] += 1
@@ -451,7 +462,7 @@ class Delete:
 
     def do(self, world: World) -> None:
         if (id := world.one_of(self.states, self.which)) is not None:
-            world.user.execute("DELETE FROM task WHERE id = %s", [id])
+            world.as_user("DELETE FROM task WHERE id = %s", [id])
 
 
 @dataclass(frozen=True)
@@ -467,7 +478,7 @@ class Forge:
             return
         query = f"UPDATE task SET {self.change} WHERE id = %s AND state::text = ANY (%s) RETURNING id"
         try:
-            changed = world.user.execute(query.encode(), [id, list(self.states)]).fetchall()
+            changed = world.as_user(query, [id, list(self.states)]).fetchall()
         except REFUSED:
             world.seen["refused"] += 1
         else:
