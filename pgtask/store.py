@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from functools import cache, lru_cache
 from importlib.resources import files
+from itertools import repeat
 from math import ceil
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ class Task(NamedTuple):
     def read(cls, result: pq.abc.PGresult, row: int = 0) -> "Task":
         """A row that `begin`, or one of the statements that take the next, returned."""
         get = result.get_value
-        id, attempt, group, remote, input, timeout, max, plan, *rest = [get(row, column) for column in range(24)]
+        id, attempt, group, remote, input, timeout, max, plan, *rest = map(get, repeat(row, 24), range(24))
         assert id and attempt and timeout and max and plan and group is not None and input is not None
         delete, save, atomic, repeated = [value == b"t" for value in rest[:4]]
         batch, count, aging, _, name, waited = rest[10:]

@@ -17,7 +17,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from psycopg.pq.abc import PGresult
@@ -29,7 +29,7 @@ from pgtask.errors import PASSING
 from pgtask.output import Error, statement_line
 from pgtask.store import Task
 from pgtask.telling import Telling
-from pgtask.worker.following import LOOK, NEXT, Following, Want, look_of
+from pgtask.worker.following import LOOK, NEXT, Following, Want
 from pgtask.worker.ours import PATIENCE, PLAIN, TIDY, Ours, Steps, array, param
 from pgtask.worker.run import Outcome, read_error, transcode
 from pgtask.worker.session import SessionLost, StatementFailed, Step
@@ -118,6 +118,8 @@ class Finisher:
 
     def verdict(self, task: Task, outcome: Outcome) -> Verdict:
         """DONE or FAIL, with every text in the server's encoding."""
+        if outcome.ok and outcome.encoding == self._ours.encoding:
+            return Verdict("DONE", outcome.output, notice=outcome.notice)
 
         def ours(text: bytes | None) -> bytes | None:
             return None if text is None else transcode(text, outcome.encoding, self._ours.encoding)
@@ -186,7 +188,7 @@ class Finisher:
         steps = Steps()
         steps.names += self._opened.names
         steps.steps += self._opened.steps
-        wanted = want.next and look_of(self._opened.names) != ""
+        wanted = want.next and self._opened.look != ""
         end = (task.id, task.attempt, verdict.state, *texts, self.owner, self._ours.fresh.since, wanted)
         self._ours.task(steps, "switch", *end)
         self._ours.commit_and_tidy_up(steps)
@@ -206,7 +208,7 @@ class Finisher:
             self.session.end_stream(timeout=None)
             raise
         following: list[Task] = []
-        if want.next and (look := look_of(opened)):
+        if want.next and (look := self._opened.look):
             following = self.following.taken(look, results[opened.index(look)])
         self.following.found(following, sent)
         goes_on = bool(following) and want.follow is not None and want.follow(following[0])
@@ -232,9 +234,9 @@ class Finisher:
         when nobody knows.
         """
         sent = time.monotonic()
-        step = look_of(steps.names)
         results = self._ours.commit(steps, timeout=timeout)
-        following = self.following.taken(step, results[steps.names.index(step)]) if step else []
+        look = steps.look
+        following = self.following.taken(look, results[steps.names.index(look)]) if look else []
         if failed:
             self._tell(failed, results[steps.names.index("settle")])
         self.following.found(following, sent)
@@ -350,25 +352,25 @@ class Finisher:
             coming = attempt.task.calendar.coming()
         except Wrong as wrong:  # it was none when the row was planned, or the zone is not known here any more
             log.warning("repeat_refused", id=attempt.task.id, error=str(wrong))
-            return replace(attempt, refused=REFUSED + b"ERROR:  " + self._ours.encode(str(wrong)))
+            return attempt._replace(refused=REFUSED + b"ERROR:  " + self._ours.encode(str(wrong)))
         if coming.missed:
             log.info("runs_missed", id=attempt.task.id, noted=len(coming.missed), before=coming.more)
         notices = (attempt.verdict.notice, param(coming.notice))
         notice = b"\n".join(text for text in notices if text is not None) or None
-        return replace(attempt, coming=coming, verdict=attempt.verdict._replace(notice=notice))
+        return attempt._replace(coming=coming, verdict=attempt.verdict._replace(notice=notice))
 
     def _failed(self, attempt: "_Attempt", name: str, failure: StatementFailed, failures: int) -> "_Attempt | None":
         """What to try after `name` failed; None when the row is not ours any more."""
         if failure.code in ("26000", "42P05") and name not in PLAIN:
             self.session.forget_statements()
-            return replace(attempt, again=True)
+            return attempt._replace(again=True)
         if name == "ours" and failure.code == "22012":
-            return replace(attempt, sure=True, again=True)
+            return attempt._replace(sure=True, again=True)
         if name in REMOVING and failure.code == LOCKED:
-            return replace(attempt, keep=True, again=True)  # a task that depends on it is being inserted
+            return attempt._replace(keep=True, again=True)  # a task that depends on it is being inserted
         unfound = name in ("finish", "remove", "settle") and failure.code == "22012"
         if unfound and name != "settle":  # it was moved, or run before, or a trigger of the user's keeps it, say
-            return replace(attempt, settle=True, again=True)
+            return attempt._replace(settle=True, again=True)
         if unfound and (attempt.inside or not self._owned(attempt.task)):
             return self._not_ours(attempt)
         if name in ("constraints", "savepoint", "commit") and attempt.inside:
@@ -378,10 +380,10 @@ class Finisher:
         if name == "repeat" and failure.code[:2] not in PASSING:
             return self._repeat_failed(attempt, failure)
         if name in ("switch", *LOOK):
-            return replace(attempt, again=True)  # outside of the stream it will be known which of the two fails
+            return attempt._replace(again=True)  # outside of the stream it will be known which of the two fails
         if name in ("fresh", *NEXT):
             # A trigger of the user's refuses that row, say: this run is finished without it.
-            return replace(attempt, want=attempt.want._replace(next=False), again=True)
+            return attempt._replace(want=attempt.want._replace(next=False), again=True)
         if failure.code in ("22021", "22P05", "54000"):
             return self._unstorable(attempt, failure)
         if attempt.inside and failure.code in LOST_CODES:
@@ -409,7 +411,7 @@ class Finisher:
             )
         self._trying(failures + 1)
         time.sleep(min(5.0, 0.05 * 2 ** min(failures, 8)))
-        return replace(attempt, again=True)
+        return attempt._replace(again=True)
 
     def _work_failed(self, attempt: "_Attempt", failure: StatementFailed) -> "_Attempt | None":
         """The task's own transaction could not be committed: that is the task's error."""
@@ -423,7 +425,7 @@ class Finisher:
             notice=attempt.verdict.notice,
             encoding=self.session.parameter("client_encoding"),
         )
-        return replace(attempt, verdict=self.verdict(attempt.task, outcome), inside=False, again=False)
+        return attempt._replace(verdict=self.verdict(attempt.task, outcome), inside=False, again=False)
 
     def _not_ours(self, attempt: "_Attempt") -> "_Attempt | None":
         """The finish found no row. A clean read decides; when it agrees, the work is undone."""
@@ -460,7 +462,7 @@ class Finisher:
 
     def _undone(self, attempt: "_Attempt", error: Error) -> "_Attempt":
         outcome = Outcome(output=None, errors=(error,), notice=attempt.verdict.notice, encoding=self._ours.encoding)
-        return replace(attempt, verdict=self.verdict(attempt.task, outcome), inside=False, again=False)
+        return attempt._replace(verdict=self.verdict(attempt.task, outcome), inside=False, again=False)
 
     def _unstorable(self, attempt: "_Attempt", failure: StatementFailed) -> "_Attempt":
         """The server will not take our texts as they are: without what is no text, or with a word on it instead."""
@@ -468,12 +470,12 @@ class Finisher:
         output, error_text, notice = map(self._storable, (said.output, said.error, said.notice))
         verdict = said._replace(output=output, error=error_text, notice=notice)
         if verdict != attempt.verdict:
-            return replace(attempt, verdict=verdict, again=True)
+            return attempt._replace(verdict=verdict, again=True)
         error = Error(message=b"the output cannot be stored", code=failure.code.encode())
         detail = read_error(failure.result).message
         text = b"\n".join([replace(error, detail=detail).text(), statement_line(attempt.task.input)])
         verdict = Verdict(state="FAIL", error=text, code=error.code)
-        return replace(attempt, verdict=verdict, inside=False, again=False)
+        return attempt._replace(verdict=verdict, inside=False, again=False)
 
     def _storable(self, text: bytes | None) -> bytes | None:
         """A task that changes client_encoding in the middle may have said what is no text in ours."""
@@ -492,28 +494,27 @@ class Finisher:
             if not attempt.inside:
                 steps.own("rollback")
             results = dict(zip(steps.names, self.session.pipeline(steps.steps, timeout=PATIENCE), strict=True))
-            return replace(attempt, copied=results["copied"].get_value(0, 0), again=True)
+            return attempt._replace(copied=results["copied"].get_value(0, 0), again=True)
         error = read_error(failure.result).text()
         log.warning("repeat_refused", id=attempt.task.id, code=failure.code, error=str(failure))
-        return replace(attempt, refused=REFUSED + error, again=True)
+        return attempt._replace(refused=REFUSED + error, again=True)
 
     def _retry_failed(self, attempt: "_Attempt", failure: StatementFailed) -> "_Attempt":
         """The row cannot be planned again, beyond the last partition for example: then its run was the last."""
         log.warning("retry_refused", id=attempt.task.id, code=failure.code, error=str(failure))
         texts = (attempt.verdict.error, NO_RETRY + read_error(failure.result).text())
         error = b"\n".join(text for text in texts if text is not None)
-        return replace(attempt, verdict=attempt.verdict._replace(error=error), last=True)
+        return attempt._replace(verdict=attempt.verdict._replace(error=error), last=True)
 
     def _apart(self, attempt: "_Attempt") -> "_Attempt":
         """Our statements cannot run in the task's transaction: commit its work, and finish in our own."""
         steps = Steps()
         steps.own("rollback_to", "commit")
         self.session.pipeline(steps.steps, timeout=PATIENCE)
-        return replace(attempt, inside=False, again=False)
+        return attempt._replace(inside=False, again=False)
 
 
-@dataclass(frozen=True)
-class _Attempt:
+class _Attempt(NamedTuple):
     """What one try at finishing sends."""
 
     task: Task

@@ -56,16 +56,16 @@ class Following:
         place = (task.max, task.plan, task.id)
         who = self._who(task, want, want.age)
         if want.batch > 1 and self._pace.ready:
-            self._ours.task(steps, "next_batch", *who, want.batch)
+            self._add(steps, "next_batch", *who, want.batch)
         elif want.batch > 1:
-            self._ours.task(steps, "next_batch_after", *who, want.batch, *place)
+            self._add(steps, "next_batch_after", *who, want.batch, *place)
         else:
-            self._add(steps, "next", task, who, (), below=want.below)
+            self._add_one(steps, "next", task, who, (), below=want.below)
 
     def add_look(self, steps: Steps, task: Task, want: Want) -> None:
         """Add what finds it while this task, which has just begun, runs: how old the worker will be is not known."""
         if self._add_mark(steps, task, want):
-            self._add(steps, "look", task, self._who(task, want, math.inf), (task.id,), below=want.below)
+            self._add_one(steps, "look", task, self._who(task, want, math.inf), (task.id,), below=want.below)
 
     def taken(self, step: str, result: PGresult) -> list[Task]:
         """The tasks that the statement took, in their order."""
@@ -94,17 +94,16 @@ class Following:
         since, remote = self._ours.fresh.since, task.remote or b""
         return since, task.group, remote, want.runs, age, want.term, want.lane, want.slot
 
-    def _add(
+    def _add_one(
         self, steps: Steps, name: str, task: Task, who: Sequence[object], before: Sequence[object], *, below: bool
     ) -> None:
         if not self._pace.ready:
-            self._ours.task(steps, f"{name}_after", *who, task.id, task.max, task.plan)
+            self._add(steps, f"{name}_after", *who, task.id, task.max, task.plan)
         elif below:
-            self._ours.task(steps, f"{name}_below", *who, *before)
+            self._add(steps, f"{name}_below", *who, *before)
         else:
-            self._ours.task(steps, name, *who, *before)
+            self._add(steps, name, *who, *before)
 
-
-def look_of(names: Sequence[str]) -> str:
-    """The step that finds the group's next task, "" where there is none."""
-    return next((name for name in names if name in NEXT or name in LOOK), "")
+    def _add(self, steps: Steps, name: str, *params: object) -> None:
+        steps.look = name
+        self._ours.task(steps, name, *params)

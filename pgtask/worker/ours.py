@@ -57,6 +57,8 @@ class Steps:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.steps: list[Step] = []
+        self.look = ""
+        """The one that finds the group's next task, if there is any."""
 
     def add(self, name: str, step: Step) -> None:
         self.names.append(name)
@@ -169,7 +171,7 @@ class Ours:
         text = self._texts.get(name)
         if text is None:
             text = self._texts[name] = self.encode(self.store.text(name))
-        steps.add(name, Step(text, [param(value) for value in params]))
+        steps.add(name, Step(text, [value if value.__class__ is bytes else param(value) for value in params]))
 
     def turn(self, steps: Steps, task: Task) -> None:
         """Add what a run that shares its transaction begins with, in a savepoint of its own, the settings last."""

@@ -94,13 +94,13 @@ class Transcript:
 
     def add(self, result: pq.abc.PGresult) -> None:
         match result.status:
+            case pq.ExecStatus.TUPLES_OK if not self.skip:
+                self.output.add_rows(result)
             case pq.ExecStatus.FATAL_ERROR:
                 self.errors.append(read_error(result, self.shift))
                 self._end_copy()
             case _ if self.skip:
                 self.skip -= 1
-            case pq.ExecStatus.TUPLES_OK:
-                self.output.add_rows(result)
             case pq.ExecStatus.COMMAND_OK:
                 tag = result.command_status or b""
                 self.committed = self.committed or tag in (b"COMMIT", b"PREPARE TRANSACTION")

@@ -64,6 +64,8 @@ class Step(NamedTuple):
 CRASH_SHUTDOWN = b"57P02"
 """What a server says, as a warning, to every session before it ends them all because one backend has crashed."""
 
+FATAL_ERROR, COMMAND_OK = int(pq.ExecStatus.FATAL_ERROR), int(pq.ExecStatus.COMMAND_OK)
+
 SYNC = Step(b"")
 """Ends a transaction's part of a pipeline: what comes after runs even when something before has failed."""
 
@@ -270,26 +272,26 @@ class Session:
         return self._pipeline_results(waiting, lambda: _left(deadline))
 
     def _queue(self, steps: Sequence[Step]) -> list[bytes | None]:
-        pgconn = self.pgconn
+        pgconn, names = self.pgconn, self._names
         waiting: list[bytes | None] = []
         for step in steps:
             if step is SYNC:
                 pgconn.pipeline_sync()
                 waiting.append(None)
                 continue
-            if step.plain:
-                pgconn.send_query_params(step.sql, step.params)
+            sql, params, plain, only_prepare = step
+            if plain:
+                pgconn.send_query_params(sql, params)
                 waiting.append(b"")
                 continue
-            name = self._names.get(step.sql)
+            name = names.get(sql)
             if name is None:
                 self._prepared += 1  # never a number twice: a failed pipeline forgets some of its names
-                name = b"pgtask_%s_%d" % (self._token, self._prepared)
-                self._names[step.sql] = name
-                pgconn.send_prepare(name, step.sql)
-                waiting.append(step.sql)
-            if not step.only_prepare:
-                pgconn.send_query_prepared(name, step.params)
+                name = names[sql] = b"pgtask_%s_%d" % (self._token, self._prepared)
+                pgconn.send_prepare(name, sql)
+                waiting.append(sql)
+            if not only_prepare:
+                pgconn.send_query_prepared(name, params)
                 waiting.append(b"")
         return waiting
 
@@ -314,7 +316,7 @@ class Session:
             if result is None:
                 self._lost(None if failed is None else failed.result)
             status = result.status
-            if status == pq.ExecStatus.FATAL_ERROR and self.pgconn.status == pq.ConnStatus.BAD:
+            if status == FATAL_ERROR and self.pgconn.status == pq.ConnStatus.BAD:
                 self._lost(result if failed is None else failed.result)
             if sql is None:
                 late = self._sync(result, tick)
@@ -323,9 +325,9 @@ class Session:
                 continue
             if not sql:
                 results.append(result)
-            elif status != pq.ExecStatus.COMMAND_OK:
+            elif status != COMMAND_OK:
                 del self._names[sql]
-            if status == pq.ExecStatus.FATAL_ERROR:
+            if status == FATAL_ERROR:
                 failed = failed or StatementFailed(len(results) - (not sql), result, results)
                 self._result(tick)  # the end of this statement's results
             else:

@@ -13,6 +13,7 @@ Exit status: 0 done, 1 the session was lost or could not be opened; anything els
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -76,6 +77,9 @@ OUTDATED = 1.0
 """Seconds after which a worker that goes from task to task makes sure that its session's settings are still those of a
 new one."""
 
+UNHEARD = 0.001
+"""Seconds after which a worker looks for the master's word although it has not waited since."""
+
 QUIET = 0.05
 """Seconds without a word after which an idle worker gets ready for what it has never been asked for."""
 
@@ -117,6 +121,7 @@ class Worker:
         self.named = 0  # the id whose settings the session has
         self.limits = Limits()
         self.doing = self.what = ""  # as ps shows it
+        self.looked_at = 0.0  # when we last took in what the master said (time.monotonic())
         self.assigned = word
         self.asked = None if ready is None else ready.asked
         self.practised = False  # has the session the plan of what a Look asks for?
@@ -265,6 +270,7 @@ class Worker:
     def _look(self) -> None:
         """Take in what the master said; also called while a run goes on."""
         self.watch.heard = False
+        self.looked_at = time.monotonic()
         for message in self.channel.receive():
             match message:
                 case Run() | Look():
@@ -402,14 +408,16 @@ class Worker:
         seconds = time.monotonic() - started
         self.turn.took(seconds)
         metrics.ran(seconds)
-        self._look()
+        if self.watch.heard or time.monotonic() - self.looked_at > UNHEARD:
+            self._look()
         following = self._end(task, outcome)
         self._report(task.id)
         self.beginner.saved = task.save
         seconds = time.monotonic() - started
         if seconds > self.spec.telling.slow_run:
             self._tell_slow(task, outcome, seconds)
-        log.debug("run_ended", id=task.id, ok=outcome.ok, code=outcome.code, ms=round(seconds * 1000, 3))
+        if log.enabled("debug"):
+            log.debug("run_ended", id=task.id, ok=outcome.ok, code=outcome.code, ms=round(seconds * 1000, 3))
         return following
 
     def _group(self, task: Task) -> str:
@@ -432,15 +440,24 @@ class Worker:
             return []
         if cancelled == "timeout" and outcome.code == "57014":
             outcome = _timed_out(task, outcome)
-        want = self._want(also=bool(self.hand), batch=task.batch, looks=not self.session.streams)
-        return self.finisher.finish(task, outcome, want._replace(follow=self._follow))
+        looks = not self.session.streams
+        want = self._want(also=bool(self.hand), batch=task.batch, looks=looks, follow=self._follow)
+        return self.finisher.finish(task, outcome, want)
 
-    def _want(self, *, also: bool, batch: int, looks: bool = True, ahead: int = 0) -> Want:
+    def _want(
+        self,
+        *,
+        also: bool,
+        batch: int,
+        looks: bool = True,
+        ahead: int = 0,
+        follow: Callable[[Task], bool] | None = None,
+    ) -> Want:
         """What of the group is wanted: nothing while there are others in hand `also`.
 
         `looks`: is it looked for with this? Then it is seen, now and then, whether the session's settings still hold.
         """
-        want = self.turn.want(more=not (self.leaving or also), batch=batch, ahead=ahead)
+        want = self.turn.want(more=not (self.leaving or also), batch=batch, ahead=ahead, follow=follow)
         if not (looks and want.next and time.monotonic() - self.marked_at > OUTDATED):
             return want
         self.marked_at = time.monotonic()
