@@ -3,7 +3,6 @@
 While looks from the beginning are dear (pace.py), the next ones start at the row that has just run.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -27,15 +26,16 @@ LOOK = ("look", "look_below", "look_after")
 """Statements that find it before the run has been finished; `switch` takes what they have found."""
 
 
+ANY_AGE = b"inf"
+
+
 class Want(NamedTuple):
     """Whether the group's next task is wanted, and what decides if this worker may take it."""
 
     next: bool
     runs: int
     age: float
-    term: int
-    lane: int
-    slot: int
+    place: tuple[bytes, bytes, bytes]  # the term, the group's key and the slot
     below: bool  # rows of a greater max are planned for later
     batch: int = 1  # how many that share a transaction
     mark: bytes | None = None  # of the settings, when it is time to see whether they have changed
@@ -65,7 +65,7 @@ class Following:
     def add_look(self, steps: Steps, task: Task, want: Want) -> None:
         """Add what finds it while this task, which has just begun, runs: how old the worker will be is not known."""
         if self._add_mark(steps, task, want):
-            self._add_one(steps, "look", task, self._who(task, want, math.inf), (task.id,), below=want.below)
+            self._add_one(steps, "look", task, self._who(task, want, ANY_AGE), (task.id,), below=want.below)
 
     def taken(self, step: str, result: PGresult) -> list[Task]:
         """The tasks that the statement took, in their order."""
@@ -90,9 +90,9 @@ class Following:
             self._ours.task(steps, "fresh", want.mark)
         return wanted
 
-    def _who(self, task: Task, want: Want, age: float) -> tuple[object, ...]:
+    def _who(self, task: Task, want: Want, age: float | bytes) -> tuple[object, ...]:
         since, remote = self._ours.fresh.since, task.remote or b""
-        return since, task.group, remote, want.runs, age, want.term, want.lane, want.slot
+        return since, task.group, remote, want.runs, age, *want.place
 
     def _add_one(
         self, steps: Steps, name: str, task: Task, who: Sequence[object], before: Sequence[object], *, below: bool

@@ -28,11 +28,11 @@ class Turn:
     def __init__(self, batch_time: float):
         self.runs = 0
         """How many the worker has had."""
-        self.lane = self.slot = 0
-        """Where it runs: the group's key, and the number of the slot that is its own."""
+        self.lane = 0
+        """The key of the group that it runs in."""
         self._batch_time = batch_time
         self._born = time.monotonic()
-        self._term = 0
+        self._place = (b"", b"", b"")  # as Want's
         self._each = 0.0  # that a run is expected to take
         self._entered = 0.0  # when we were given the group that we are in
         self._before = 0  # how many runs we had had by then
@@ -55,7 +55,8 @@ class Turn:
         now = time.monotonic()
         if lane == self.lane and now - self._idle_at < SOON:
             self._below_until = now + BELOW
-        self._term, self.lane, self.slot, self._entered, self._before = term, lane, slot, now, self.runs
+        self.lane, self._place = lane, (b"%d" % term, b"%d" % lane, b"%d" % slot)
+        self._entered, self._before = now, self.runs
 
     def over(self) -> None:
         """Nothing more was found."""
@@ -83,9 +84,7 @@ class Turn:
             next=more and (late < 0 or short),
             runs=self.runs + ahead,
             age=now - self._born,
-            term=self._term,
-            lane=self.lane,
-            slot=self.slot,
+            place=self._place,
             below=now < self._below_until,
             batch=1 if batch == 1 else min(batch, max(1, int(self._batch_time / self.each))),
             follow=follow,
