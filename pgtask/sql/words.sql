@@ -154,11 +154,11 @@ own AS MATERIALIZED (
 )
 
 -- name: looked — how a look for the group's next task ends that comes before the end of our run: the row stays locked, and
--- `switch` finds its id in a setting, which our transaction forgets with its end. Cost in seconds
+-- `switch` finds its id in a setting, which our transaction forgets with its end, and gives the session its name. Cost in seconds
 , found AS MATERIALIZED (
     SELECT set_config('pgtask.looked', coalesce((SELECT f.id FROM first AS f WHERE f.admitted)::text, ''), true) AS id
 )
-SELECT t.id, least(t.attempt, 2147483646) + 1 AS attempt, {read}, true AS ours, {name} AS name,
+SELECT t.id, least(t.attempt, 2147483646) + 1 AS attempt, {read}, true AS ours, NULL AS name,
     CASE WHEN t.attempt = 0 AND t.depend IS NULL
         THEN date_part('epoch', greatest(statement_timestamp(), $1::timestamptz)) - date_part('epoch', t.plan) END AS waited,
     date_part('epoch', clock_timestamp() - statement_timestamp()) AS cost
