@@ -39,9 +39,10 @@ class Task(NamedTuple):
     """A row as a worker runs it. Texts are bytes in the server's encoding.
 
     `waited`: how many seconds after its plan the row's first run began, as text; null where it waited for others.
-    `repeated`: it may have a next row, for which `copied` must be known. `batch`: how many may share its transaction,
-    1 where it must run by itself. `aging`: no worker older than its `live` may run it. `name`: what its session is
-    called meanwhile, if it was taken to share a transaction, or begun by its own statement. `calendar`: what its next plan depends on, if it has one.
+    `repeated`: it may have a next row, for which `copied` must be known. `batch`: how many may share its
+    transaction, 1 where it must run by itself. `aging`: no worker older than its `live` may run it. `name`: what
+    its session is called meanwhile, if it was taken to share a transaction, or begun by its own statement.
+    `calendar`: what its next plan depends on, if it has one.
     """
 
     id: int
