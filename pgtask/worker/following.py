@@ -27,6 +27,7 @@ LOOK = ("look", "look_below", "look_after")
 
 
 ANY_AGE = b"inf"
+"""Of a worker, in seconds: only what any may take is taken."""
 
 
 class Want(NamedTuple):
