@@ -137,6 +137,7 @@ class Pool:
             return self._fork_to_look(client, look, made) if may else None
         if not handle.channel.send(look):
             return None
+        os.sched_yield()  # the kernel puts whom we wake on our processor, and what we do next is less urgent
         until = None if handle.linger is None else handle.linger.when()
         self._engage(handle)
         return self._looks(handle, look, made, lingers_until=until)
