@@ -72,15 +72,24 @@ class Verdict(NamedTuple):
 class Finisher:
     """Ends the runs of one session of a worker, and tells the log of those that failed.
 
-    `leaving` says whether the worker wants to end; `trying` is told the number of each try after the first.
+    `leaving` says whether the worker wants to end; `trying` is told the number of each try after the first; `follow`
+    opens the run of the group's next task behind the commit of the one before, if it may stand there.
     """
 
-    def __init__(self, ours: Ours, telling: Telling, leaving: Callable[[], bool], trying: Callable[[int], None]):
+    def __init__(
+        self,
+        ours: Ours,
+        telling: Telling,
+        leaving: Callable[[], bool],
+        trying: Callable[[int], None],
+        follow: Callable[[Task], bool],
+    ):
         self.session = ours.session
         self._ours = ours
         self._telling = telling
         self._leaving = leaving
         self._trying = trying
+        self._follow = follow
         self.owner = ours.session.pid
         """The backend that began the run; another than the session's when that one had to be terminated."""
         self.following = Following(ours)
@@ -211,7 +220,7 @@ class Finisher:
         if want.next and (look := self._opened.look):
             following = self.following.taken(look, results[opened.index(look)])
         self.following.found(following, sent)
-        goes_on = bool(following) and want.follow is not None and want.follow(following[0])
+        goes_on = bool(following) and self._follow(following[0])
         failure: StatementFailed | None = None
         try:
             if goes_on:

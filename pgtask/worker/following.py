@@ -4,7 +4,7 @@ While looks from the beginning are dear (pace.py), the next ones start at the ro
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from psycopg.pq.abc import PGresult
@@ -40,7 +40,6 @@ class Want(NamedTuple):
     below: bool  # rows of a greater max are planned for later
     batch: int = 1  # how many that share a transaction
     mark: bytes | None = None  # of the settings, when it is time to see whether they have changed
-    follow: Callable[[Task], bool] | None = None  # opens it behind the commit, if it may stand there
 
 
 class Following:

@@ -2,9 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
 
-from pgtask.store import Task
 from pgtask.worker.following import Want
 
 SOON, BELOW = 0.02, 1.0
@@ -74,9 +72,9 @@ class Turn:
         """A run, or each of several."""
         self._each += WEIGHT * (seconds - self._each)
 
-    def want(self, *, more: bool, batch: int, ahead: int = 0, follow: Callable[[Task], bool] | None = None) -> Want:
+    def want(self, *, more: bool, batch: int, ahead: int = 0) -> Want:
         """What of the group is wanted, if `more` is at all: at most `batch` together, and as many as the time for that
-        allows. `ahead`: how many runs before it have not begun yet. `follow` is Want's."""
+        allows. `ahead`: how many runs before it have not begun yet."""
         now = time.monotonic()
         late = now - self._until
         short = self._until > 0 and self.had < TURN and now - self._entered < LONGEST
@@ -87,5 +85,4 @@ class Turn:
             place=self._place,
             below=now < self._below_until,
             batch=1 if batch == 1 else min(batch, max(1, int(self._batch_time / self.each))),
-            follow=follow,
         )

@@ -13,7 +13,6 @@ Exit status: 0 done, 1 the session was lost or could not be opened; anything els
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import takewhile
@@ -197,7 +196,7 @@ class Worker:
         self.session = ready.session
         self.ours = Ours(ready.session, self.spec.store, self.spec.encoding)
         self.ours.fresh = ready.fresh
-        self.finisher = Finisher(self.ours, self.spec.telling, self._wants_to_leave, self._show_try)
+        self.finisher = Finisher(self.ours, self.spec.telling, self._wants_to_leave, self._show_try, self._follow)
         self.marked_at = time.monotonic()
         self.beginner.use(self.ours)
         self.limited = self.practised = False
@@ -441,7 +440,7 @@ class Worker:
         if cancelled == "timeout" and outcome.code == "57014":
             outcome = _timed_out(task, outcome)
         looks = not self.session.streams
-        want = self._want(also=bool(self.hand), batch=task.batch, looks=looks, follow=self._follow)
+        want = self._want(also=bool(self.hand), batch=task.batch, looks=looks)
         return self.finisher.finish(task, outcome, want)
 
     def _want(
@@ -451,13 +450,12 @@ class Worker:
         batch: int,
         looks: bool = True,
         ahead: int = 0,
-        follow: Callable[[Task], bool] | None = None,
     ) -> Want:
         """What of the group is wanted: nothing while there are others in hand `also`.
 
         `looks`: is it looked for with this? Then it is seen, now and then, whether the session's settings still hold.
         """
-        want = self.turn.want(more=not (self.leaving or also), batch=batch, ahead=ahead, follow=follow)
+        want = self.turn.want(more=not (self.leaving or also), batch=batch, ahead=ahead)
         if not (looks and want.next and time.monotonic() - self.marked_at > OUTDATED):
             return want
         self.marked_at = time.monotonic()
