@@ -90,7 +90,7 @@ WITH {own}, first AS MATERIALIZED (
 WITH due AS MATERIALIZED (
     SELECT t.id, t.max, t.plan, t.batch, {admitted} AS admitted, {shares} AND t.attempt = 0 AS shares
     FROM {task} AS t
-    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {shared_floor} AND {serving}
+    WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {shared_floor} AND {serving} AND {untouched}
     ORDER BY t.max DESC, t.plan, t.id
     LIMIT $9::int
     FOR NO KEY UPDATE SKIP LOCKED
@@ -102,7 +102,7 @@ WITH due AS MATERIALIZED (
     SELECT t.id, t.max, t.plan, t.batch, {admitted} AS admitted, {shares} AND t.attempt = 0 AS shares
     FROM {task} AS t
     WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max = $10::int AND t.max >= $8::int
-        AND (t.plan, t.id) >= ($11::timestamptz, $12::bigint) AND {serving}
+        AND (t.plan, t.id) >= ($11::timestamptz, $12::bigint) AND {serving} AND {untouched}
     ORDER BY t.plan, t.id
     LIMIT $9::int
     FOR NO KEY UPDATE SKIP LOCKED

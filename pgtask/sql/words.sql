@@ -106,12 +106,18 @@ t."group" = $2 AND coalesce(t.remote, '') = $3 AND t.plan <= statement_timestamp
             AND (t.repeat <> interval '0' OR t.cron IS NOT NULL
                 OR date_part('epoch', statement_timestamp()) - date_part('epoch', t.plan) <= date_part('epoch', t.active))
 
+-- name: untouched — has nobody locked or written the row just now? A look that began before somebody took the row finds it
+-- free, locks what has become of it, and sees only then that it runs: whoever runs it would wait for us. Who touched it last
+-- is read from the row as it is by now; 20 transactions ago is long before, and the row's own was seen to end. Where tasks run
+-- one after another nobody else takes any, and their order holds, whoever locks them
+(t.max = 0 OR t.xmax = t.xmin OR age(t.xmax) > 20)
+
 -- name: first — the group's first row, if it is due and this worker may take it, and if there is an `own`: what comes
 -- before it
 SELECT t.id, {admitted} AS admitted
     FROM {task} AS t
     WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max >= {floor} AND {serving}
-        AND EXISTS (SELECT FROM own)
+        AND EXISTS (SELECT FROM own) AND {untouched}
     ORDER BY t.max DESC, t.plan, t.id
     LIMIT 1
     FOR NO KEY UPDATE SKIP LOCKED
@@ -128,6 +134,7 @@ SELECT d.id, d.admitted
         SELECT t.id, {admitted} AS admitted
         FROM {task} AS t
         WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max = l.max AND t.plan <= statement_timestamp()
+            AND {untouched}
         ORDER BY t.plan, t.id
         LIMIT 1
         FOR NO KEY UPDATE SKIP LOCKED
@@ -141,6 +148,7 @@ SELECT t.id, {admitted} AS admitted
     FROM {task} AS t
     WHERE t.state = 'PLAN' AND {lane} = $7::bigint AND t.max = $10::int AND t.max >= $8::int
         AND (t.plan, t.id) >= ($11::timestamptz, $9::bigint) AND {serving} AND EXISTS (SELECT FROM own)
+        AND {untouched}
     ORDER BY t.plan, t.id
     LIMIT 1
     FOR NO KEY UPDATE SKIP LOCKED
