@@ -15,9 +15,9 @@ WEIGHT = 0.3
 SHORTEST = 0.00005
 """Seconds that a run takes at least."""
 
-MOMENT, TURN, LONGEST = 0.01, 30, 0.15
+MOMENT, TURN, LONGEST = 0.01, 100, 0.15
 """A worker goes on with its group for so many seconds although others wait, and until it has run so many tasks, but for
-no more than so many seconds: a change of the group costs as much as some of them."""
+no more than so many seconds: a change of the group costs as much as seven of them."""
 
 
 class Turn:

@@ -40,7 +40,7 @@ def test_it_goes_on_as_long_as_nobody_waits(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "runs", "goes_on"), [(0.009, 100, True), (0.011, 30, False), (0.149, 29, True), (0.151, 1, False)]
+    ("seconds", "runs", "goes_on"), [(0.009, 200, True), (0.011, 100, False), (0.149, 99, True), (0.151, 1, False)]
 )
 def test_while_others_wait_it_has_a_moment_or_longer_for_few_runs(
     clock: Clock, seconds: float, runs: int, goes_on: bool
