@@ -443,14 +443,7 @@ class Worker:
         want = self._want(also=bool(self.hand), batch=task.batch, looks=looks)
         return self.finisher.finish(task, outcome, want)
 
-    def _want(
-        self,
-        *,
-        also: bool,
-        batch: int,
-        looks: bool = True,
-        ahead: int = 0,
-    ) -> Want:
+    def _want(self, *, also: bool, batch: int, looks: bool = True, ahead: int = 0) -> Want:
         """What of the group is wanted: nothing while there are others in hand `also`.
 
         `looks`: is it looked for with this? Then it is seen, now and then, whether the session's settings still hold.
